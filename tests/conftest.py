@@ -1,0 +1,34 @@
+"""Small samples that every test can build."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+
+def make_sample(num_boxes: int = 2, size: tuple[int, int] = (12, 16), seed: int = 0) -> tuple[torch.Tensor, dict[str, Any]]:
+    """One (image, target) pair with every key torchvision's detectors know: image uint8 (3, H, W)."""
+    rng = torch.Generator().manual_seed(seed)
+    height, width = size
+    corner = torch.rand(num_boxes, 2, generator=rng) * torch.tensor([width / 2, height / 2])
+    side = (1 + torch.rand(num_boxes, 2, generator=rng)) * torch.tensor([width / 4, height / 4])
+    points = corner[:, None] + side[:, None] * torch.rand(num_boxes, 3, 2, generator=rng)
+    target = {
+        "boxes": tv_tensors.BoundingBoxes(torch.cat([corner, corner + side], 1), format="XYXY", canvas_size=size),
+        "labels": torch.randint(1, 4, (num_boxes,), generator=rng),
+        "masks": tv_tensors.Mask(torch.randint(0, 2, (num_boxes, height, width), generator=rng, dtype=torch.uint8)),
+        "keypoints": torch.cat([points, torch.ones(num_boxes, 3, 1)], 2),
+        "area": side.prod(1),
+        "iscrowd": torch.zeros(num_boxes, dtype=torch.int64),
+        "image_id": seed,
+    }
+    image = tv_tensors.Image(torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8))
+    return image, target
+
+
+@pytest.fixture
+def sample() -> Callable[..., tuple[torch.Tensor, dict[str, Any]]]:
+    """The function ``sample(num_boxes, size, seed)``."""
+    return make_sample
