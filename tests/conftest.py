@@ -5,10 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 from torchvision import tv_tensors
 
 
-def make_sample(num_boxes: int = 2, size: tuple[int, int] = (12, 16), seed: int = 0) -> tuple[torch.Tensor, dict[str, Any]]:
+def make_sample(
+    num_boxes: int = 2, size: tuple[int, int] = (12, 16), seed: int = 0
+) -> tuple[torch.Tensor, dict[str, Any]]:
     """One (image, target) pair with every key torchvision's detectors know: image uint8 (3, H, W)."""
     rng = torch.Generator().manual_seed(seed)
     height, width = size
@@ -32,3 +35,17 @@ def make_sample(num_boxes: int = 2, size: tuple[int, int] = (12, 16), seed: int 
 def sample() -> Callable[..., tuple[torch.Tensor, dict[str, Any]]]:
     """The function ``sample(num_boxes, size, seed)``."""
     return make_sample
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Assert that two nested structures hold equal tensors, of one type and dtype, and equal values."""
+    leaves, spec = tree_flatten(actual)
+    expected_leaves, expected_spec = tree_flatten(expected)
+    assert spec == expected_spec
+    for a, b in zip(leaves, expected_leaves, strict=True):
+        assert type(a) is type(b)
+        if isinstance(a, torch.Tensor):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+        else:
+            assert a == b
