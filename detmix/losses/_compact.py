@@ -1,0 +1,108 @@
+"""How weights that are one number a row follow the entries of a tensor, and stay one number a row.
+
+Throughout, ``weights`` has as many dimensions as the tensor it belongs to, each of the tensor's size or of size 1.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def pad(weights: Tensor, ndim: int) -> Tensor:
+    """Prepend dimensions of size 1 up to ``ndim``, as broadcasting does."""
+    return weights if weights.ndim == ndim else weights[(None,) * (ndim - weights.ndim)]
+
+
+def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
+    """The shape that all the given ones broadcast to."""
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def fits(weights: Tensor, shape: Sequence[int]) -> bool:
+    """Whether ``weights`` broadcast to ``shape`` without changing it."""
+    return weights.ndim <= len(shape) and all(
+        w in (1, n) for w, n in zip(reversed(weights.shape), reversed(shape), strict=False)
+    )
+
+
+def reshaped(weights: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """The weights of a tensor of shape ``old`` once it is reshaped to ``new``.
+
+    Old and new dimensions fall into runs of equal product; a run without weights stays without, another is spread.
+    """
+    if 0 in old:
+        return weights.new_ones((1,) * len(new))
+    weights = weights.reshape([w for w, n in zip(weights.shape, old, strict=True) if n != 1])
+    old, kept = [n for n in old if n != 1], [n for n in new if n != 1]
+    spread, shape, i, k = list(weights.shape), list[int](), 0, 0
+    while i < len(old):
+        first_i, first_k, before, after = i, k, old[i], kept[k]
+        i, k = i + 1, k + 1
+        while before != after:
+            if before < after:
+                before, i = before * old[i], i + 1
+            else:
+                after, k = after * kept[k], k + 1
+        if all(w == 1 for w in weights.shape[first_i:i]):
+            shape += [1] * (k - first_k)
+        else:
+            spread[first_i:i] = old[first_i:i]
+            shape += kept[first_k:k]
+    sizes = iter(shape)
+    return weights.expand(spread).reshape([1 if n == 1 else next(sizes) for n in new])
+
+
+def indexed(weights: Tensor, shape: Sequence[int], index: Any) -> Tensor:
+    """The weights of ``x[index]`` for an ``x`` of this shape: only dimensions that a tensor indexes are spread."""
+    entries = [
+        torch.as_tensor(e) if isinstance(e, list) else e for e in (index if isinstance(index, tuple) else [index])
+    ]
+    consumed = [_dims_consumed(entry) for entry in entries]
+    spread, small, d = list(weights.shape), [], 0
+    for entry, count in zip(entries, consumed, strict=True):
+        if entry is Ellipsis:
+            count = len(shape) - sum(consumed)
+        elif isinstance(entry, Tensor):
+            spread[d : d + count] = shape[d : d + count]
+        elif count and weights.size(d) == 1:
+            entry = slice(None) if isinstance(entry, slice) else 0  # every entry along this dimension weighs the same
+        small.append(entry)
+        d += count
+    return weights.expand(spread)[tuple(small)]
+
+
+def _dims_consumed(entry: Any) -> int:
+    if entry is None or entry is Ellipsis or isinstance(entry, bool):
+        return 0
+    if isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8):
+        return entry.ndim
+    return 1
+
+
+def joined(parts: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
+    """The weights of tensors joined along ``dim``, where each has the given size."""
+    if all(same(parts[0], part) for part in parts) and parts[0].size(dim) == 1:
+        return parts[0]
+    shape = list(broadcast(*(part.select(dim, 0).unsqueeze(dim).shape for part in parts if part.size(dim))))
+    return torch.cat([p.expand([*shape[:dim], n, *shape[dim + 1 :]]) for p, n in zip(parts, sizes, strict=True)], dim)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one piece of memory read in one way, which is known without reading it."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def agreed(candidates: Sequence[Tensor]) -> Tensor | None:
+    """The one weights tensor that all the candidates broadcast from, or None if they differ."""
+    widest = candidates[0]
+    for other in candidates[1:]:
+        if same(widest, other):
+            continue
+        shape = broadcast(widest.shape, other.shape)
+        widest, narrow = (widest, other) if widest.shape == shape else (other, widest)
+        # Values are compared on the CPU only: on a GPU, Python would wait for it.
+        if widest.shape != shape or (widest.device.type == "cpu" and not torch.equal(widest, narrow.expand(shape))):
+            return None
+    return widest

@@ -1,0 +1,196 @@
+"""What the functions of torch do to loss weights: fills :data:`detmix.losses.weighted_tensor.RULES`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detmix.losses._compact import broadcast, indexed, joined, pad, reshaped
+from detmix.losses.weighted_tensor import (
+    RULES,
+    Function,
+    Rule,
+    WeightedTensor,
+    agreed_weights,
+    drop,
+    elementwise,
+    lost,
+    move,
+    reduce,
+    refuse,
+    scaled,
+    weighted,
+    weights_of,
+)
+
+
+def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    out = func(x, *args, **kwargs)
+    if not isinstance(x, WeightedTensor) or out.dtype == torch.bool:
+        return out
+    return weighted(out, pad(x.weights, out.ndim).to(out.device))
+
+
+def _reshape(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    out = func(x, *args, **kwargs)
+    return weighted(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
+
+
+def _permute(func: Function, x: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
+    return weighted(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
+
+
+def _unbind(func: Function, x: WeightedTensor, dim: int = 0) -> Any:
+    weights = x.weights.unbind(dim)
+    outs = func(x, dim)
+    return tuple(weighted(out, weights[i if len(weights) > 1 else 0]) for i, out in enumerate(outs))
+
+
+def _split(func: Function, x: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
+    outs = func(x, sizes, dim)
+    if x.weights.size(dim) == 1:
+        return tuple(weighted(out, x.weights) for out in outs)
+    return tuple(weighted(out, part) for out, part in zip(outs, func(x.weights, sizes, dim), strict=True))
+
+
+def _cat(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    dim %= max(x.ndim for x in tensors)
+    return weighted(func(tensors, dim), joined([weights_of(x) for x in tensors], [x.size(dim) for x in tensors], dim))
+
+
+def _stack(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    dim %= tensors[0].ndim + 1
+    return weighted(
+        func(tensors, dim), joined([weights_of(x).unsqueeze(dim) for x in tensors], [1] * len(tensors), dim)
+    )
+
+
+def _getitem(func: Function, x: Tensor, index: Any) -> Any:
+    out = func(x, index)
+    carried = [indexed(x.weights, x.shape, index)] if isinstance(x, WeightedTensor) else []
+    entries = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(entry, WeightedTensor) for entry in entries):
+        # Rows gathered on behalf of an object weigh what it weighs. They lie along the first dimensions, if the
+        # index starts with tensors and has them side by side.
+        indices = [entry for entry in entries if isinstance(entry, Tensor)]
+        if entries[: len(indices)] != tuple(indices) or any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+            raise lost(func, x, index)
+        shape = broadcast(*(i.shape for i in indices))
+        rows = [pad(i.weights, len(shape)) for i in indices if isinstance(i, WeightedTensor)]
+        carried += [w.reshape(w.shape + (1,) * (out.ndim - len(shape))) for w in rows]
+    return weighted(out, agreed_weights(func, carried))
+
+
+def _setitem(func: Function, x: Tensor, index: Any, value: Any) -> None:
+    if not isinstance(x, WeightedTensor):
+        raise lost(func, x, index, value)
+    if isinstance(value, WeightedTensor):
+        agreed_weights(func, [indexed(x.weights, x.shape, index), value.weights])
+    func(x, index, value)
+
+
+def _where(func: Function, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return elementwise(func, condition, *args, **kwargs) if args or kwargs else func(condition)
+
+
+def _extreme(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(operand, Tensor) for operand in (*args, *kwargs.values())):
+        return elementwise(func, x, *args, **kwargs)
+    if not args and "dim" not in kwargs:
+        raise lost(func, x)
+    return _sort(func, x, *args, **kwargs)
+
+
+def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    """Values and indices along ``dim``: a value has the weight of the entry it is."""
+    result = func(x, dim, *args, **kwargs)
+    values, indices = result
+    weights = weights_of(x)
+    if weights.size(dim) > 1:
+        places = indices if indices.ndim == x.ndim else indices.unsqueeze(dim)
+        weights = torch.take_along_dim(weights.expand(x.shape), places, dim)
+    return type(result)((weighted(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
+
+
+def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:
+    if x.weights.size(dim) > 1:  # the result would mix entries of different weights
+        raise lost(func, x)
+    return weighted(func(x, dim, *args, **kwargs), x.weights)
+
+
+def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
+    loss = elementwise(func, *args, reduction="none", **kwargs)
+    # The gradient reaches this loss's own kernel, which rounds as the memory layout tells it to: hence a dense one.
+    return loss if reduction == "none" else getattr(Tensor, reduction)(scaled(loss, loss.weights))
+
+
+def _binary_cross_entropy(
+    func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
+) -> Any:
+    if reduction == "none":
+        return elementwise(func, x, y, weight=weight, reduction="none", **kwargs)
+    # Only as the function's own factor do weights keep the order in which its gradient is divided by the mean's count.
+    weights = agreed_weights(func, [part.weights for part in (x, y, weight) if isinstance(part, WeightedTensor)])
+    return func(x, y, weights if weight is None else weights * weight, reduction=reduction, **kwargs)
+
+
+def _cross_entropy(
+    func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
+) -> Any:
+    classes = 1 if x.ndim > 1 else 0
+    carried = [x.weights] if isinstance(x, WeightedTensor) else []
+    if isinstance(y, WeightedTensor):
+        carried.append(y.weights if y.ndim == x.ndim else y.weights.unsqueeze(classes))
+    weights = agreed_weights(func, carried)
+    smooth = kwargs.pop("label_smoothing", 0.0)
+    if weights.size(classes) > 1 or (reduction != "none" and (smooth or y.is_floating_point())):
+        raise lost(func, x, y)
+    if reduction == "none":
+        loss = func(x, y, weight, reduction="none", label_smoothing=smooth, **kwargs)
+        return weighted(loss, weights.squeeze(classes))
+    # Scaling the log-probabilities keeps nll_loss's own summation order and so its bits; scaling its output would not.
+    x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
+    return F.nll_loss(scaled(F.log_softmax(x, classes), weights), y, weight, reduction=reduction, **kwargs)
+
+
+def _register(rule: Rule, *names: str) -> None:
+    for name in names:
+        RULES.update({getattr(home, name): rule for home in (Tensor, torch, F) if hasattr(home, name)})
+
+
+_register(
+    elementwise,
+    *("add", "sub", "rsub", "mul", "div", "true_divide", "pow", "neg", "abs", "square", "sqrt", "rsqrt", "reciprocal"),
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__"),
+    *("__rpow__", "__neg__", "__abs__", "exp", "expm1", "log", "log1p", "log2", "atan", "arctan", "tanh", "sigmoid"),
+    *("logsigmoid", "softplus", "relu", "clamp", "clip", "clamp_min", "clamp_max", "minimum", "maximum", "sign"),
+    *("floor", "ceil", "round", "lerp", "nan_to_num"),
+)
+_register(
+    _like_first,
+    *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
+    *("detach", "expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
+)
+_register(_reshape, "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze")
+_register(_permute, "transpose", "permute", "movedim", "swapaxes", "t")
+_register(move, "diag", "diagonal", "index_select", "masked_select", "flip", "roll")
+_register(_unbind, "unbind")
+_register(_split, "split", "chunk")
+_register(_cat, "cat", "concat")
+_register(_stack, "stack")
+_register(_getitem, "__getitem__")
+_register(_setitem, "__setitem__")
+_register(_where, "where")
+_register(_extreme, "max", "min")
+_register(_sort, "sort")
+_register(_along, "softmax", "log_softmax")
+_register(reduce, "sum", "mean")
+_register(_loss, "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss")
+_register(_binary_cross_entropy, "binary_cross_entropy", "binary_cross_entropy_with_logits")
+_register(_cross_entropy, "cross_entropy")
+_register(
+    drop, "argmax", "argmin", "argsort", "nonzero", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"
+)
+_register(refuse, "backward")
