@@ -1,0 +1,261 @@
+"""Read a COCO-format folder as (image, target) with torchvision's keys, every annotation checked at construction."""
+
+import operator
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision import tv_tensors
+
+from detmix.datasets.coco_file import LISTED, CocoFile, Floats, Ints, Record
+
+
+class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]]]):
+    """A folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
+
+    The image is a ``tv_tensors.Image``, uint8 ``(3, H, W)``, RGB. The target's keys, for N objects:
+
+    - ``boxes``: ``tv_tensors.BoundingBoxes``, float32 ``(N, 4)``, XYXY in pixels, inside the image;
+    - ``labels``: int64 ``(N,)``, 1 and up in the order of the category ids (0 is torchvision's background);
+    - ``masks``: ``tv_tensors.Mask``, uint8 ``(N, H, W)``, and ``keypoints``: float32 ``(N, K, 3)``, where annotated;
+    - ``area``: float32 ``(N,)``, square pixels; ``iscrowd``: int64 ``(N,)``; ``image_id``: int, the COCO id.
+
+    Images come in the order of their ids; those without objects stay in, with N = 0. Whatever is wrong with the file
+    shows at construction. Boxes without width or height or wholly outside their image are left out, and boxes that
+    reach out of it by more than a pixel are clipped, with one warning for all; less than a pixel is clipped silently.
+
+    Args:
+        root: the folder.
+        annotations: the json file, relative to ``root``.
+        images: the folder that the json's file names start from, relative to ``root``.
+        transforms: called last, as ``transforms(image, target)``; what it returns is the sample.
+        crowd: keep annotations with ``iscrowd=1``. COCO's evaluation needs them, to ignore detections there; training
+            is better off without.
+        masks: True requires a mask of every kept annotation, False never gives any; None gives them when every kept
+            annotation has one (and there is an annotation).
+        keypoints: the same for keypoints.
+        check_files: see that every image is there and has the json's size. Reads headers only.
+
+    Attributes:
+        category_ids: ``category_ids[label - 1]`` is the COCO category id.
+        class_names: ``class_names[label - 1]`` is the category's name; the background has none.
+        num_classes: ``len(class_names) + 1``, because torchvision's detectors count the background.
+
+    Raises:
+        FileNotFoundError: the folder, the json or an image is missing.
+        ValueError: the json is not COCO, contradicts itself or an image. The message names file, record and value.
+
+    Example:
+        >>> import tempfile
+        >>> from detmix.datasets.shapes import draw_shapes
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
+        ...     image, target = dataset[0]
+        >>> dataset.class_names, dataset.num_classes, len(dataset)
+        (('circle', 'square', 'triangle'), 4, 2)
+        >>> sorted(target)
+        ['area', 'boxes', 'image_id', 'iscrowd', 'keypoints', 'labels', 'masks']
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        annotations: str | os.PathLike[str] = "annotations/instances_train.json",
+        images: str | os.PathLike[str] = "images",
+        *,
+        transforms: Callable[[Any, Any], Any] | None = None,
+        crowd: bool = False,
+        masks: bool | None = None,
+        keypoints: bool | None = None,
+        check_files: bool = True,
+    ) -> None:
+        self.root, self.transforms = Path(root), transforms
+        self.annotations_file, self.images_folder = _find(self.root, annotations, images)
+        table = CocoFile(self.annotations_file)
+
+        rows, category_ids = table.by_id("categories")
+        names = table.column("categories", "name")
+        self.category_ids: tuple[int, ...] = tuple(category_ids.tolist())
+        self.class_names: tuple[str, ...] = tuple(str(names[row]) for row in rows)
+
+        rows, self._image_ids = table.by_id("images")
+        names = table.column("images", "file_name")
+        self._names = [str(names[row]) for row in rows]
+        self._sizes = np.stack([table.integers("images", key) for key in ("height", "width")], 1)[rows]
+        for row in np.flatnonzero((self._sizes <= 0).any(1)):
+            raise ValueError(
+                f"{self.annotations_file}: image {self._image_ids[row]} ({self._names[row]}) has height, width "
+                f"{self._sizes[row].tolist()}, expected positive numbers."
+            )
+        if check_files:
+            self._check_files()
+
+        _, ids = table.by_id("annotations")
+        image = table.lookup("image_id", self._image_ids)
+        category = table.lookup("category_id", category_ids)
+        iscrowd = table.iscrowd()
+        xywh = table.numbers("bbox", np.arange(len(ids)), 4, "a list of 4 finite numbers (x, y, width, height)")
+        kept = np.flatnonzero((iscrowd == 0) | bool(crowd))
+        boxes, sound = self._clip(table, kept, image[kept], xywh[kept])
+        order = np.argsort(image[kept[sound]], kind="stable")  # one image's objects stand together, in the file's order
+        kept = kept[sound][order]
+
+        self._boxes = boxes[sound][order]
+        self._first = np.searchsorted(image[kept], np.arange(len(self) + 1))  # image i has objects first[i]:first[i+1]
+        self._labels = category[kept] + 1
+        self._iscrowd = iscrowd[kept]
+        self._area = table.area(kept, self._boxes)
+        self._keypoints = None if keypoints is False else table.keypoints(kept, required=bool(keypoints))
+        self._masks = None if masks is False else table.masks(kept, self._sizes[image[kept]], required=bool(masks))
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes with the background, as torchvision's detectors count."""
+        return len(self.class_names) + 1
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images of {self.annotations_file}.")
+        index %= len(self)
+        height, width = self._sizes[index].tolist()
+        image = self._decode(self.images_folder / self._names[index], (height, width))
+        objects = slice(*self._first[index : index + 2].tolist())
+        boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies: what a transform changes stays its own
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor(self._labels[objects]),
+        }
+        if self._masks is not None:
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(self._masks.draw(objects, height, width)))
+        if self._keypoints is not None:
+            target["keypoints"] = torch.tensor(self._keypoints[objects])
+        target["area"] = torch.tensor(self._area[objects])
+        target["iscrowd"] = torch.tensor(self._iscrowd[objects])
+        target["image_id"] = int(self._image_ids[index])
+        if self.transforms is not None:
+            image, target = self.transforms(image, target)
+        return image, target
+
+    def to_coco(self, image_id: int, prediction: Mapping[str, Tensor]) -> list[Record]:
+        """Turn one image's prediction into COCO result records: original category ids, boxes as x, y, width, height.
+
+        Args:
+            image_id: the COCO id, ``target["image_id"]``.
+            prediction: what a torchvision detector returns, on any device: ``boxes`` ``(N, 4)`` XYXY, ``labels`` and
+                ``scores`` ``(N,)``; if given, ``masks`` ``(N, 1, H, W)`` or ``(N, H, W)``, set where above 0.5, become
+                compressed RLE and ``keypoints`` ``(N, K, 3)`` flat lists.
+
+        Returns:
+            N records that ``json.dumps`` and ``pycocotools.coco.COCO.loadRes`` take.
+        """
+        if int(image_id) not in self._image_ids:
+            raise ValueError(f"image_id {image_id} is not one of the {len(self)} images of {self.annotations_file}.")
+        given = {key: value.cpu() for key, value in prediction.items() if isinstance(value, Tensor)}
+        for key in ("boxes", "labels", "scores"):
+            if key not in given or len(given[key]) != len(given["boxes"]):
+                shapes = {name: tuple(value.shape) for name, value in given.items()}
+                raise ValueError(f"prediction has tensors of {shapes}, expected boxes (N, 4), labels and scores (N,).")
+        boxes, labels = given["boxes"].as_subclass(Tensor).double(), given["labels"].tolist()
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)  # (N, 4) XYWH
+        for label in labels:
+            if not 1 <= label <= len(self.category_ids):
+                raise ValueError(f"prediction['labels'] holds {label}, expected 1 to {len(self.category_ids)}.")
+        results: list[Record] = [
+            {"image_id": int(image_id), "category_id": self.category_ids[label - 1], "bbox": box, "score": score}
+            for label, box, score in zip(labels, boxes.tolist(), given["scores"].tolist(), strict=True)
+        ]
+        if "masks" in given:
+            for record, mask in zip(results, given["masks"], strict=True):
+                rle = coco_mask.encode(np.asfortranarray(mask.reshape(mask.shape[-2:]) > 0.5, dtype=np.uint8))
+                record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+        if "keypoints" in given:
+            for record, points in zip(results, given["keypoints"], strict=True):
+                record["keypoints"] = points.flatten().tolist()
+        return results
+
+    def _decode(self, path: Path, size: tuple[int, int]) -> tv_tensors.Image:
+        try:
+            with PIL.Image.open(path) as picture:
+                pixels = np.array(_as_rgb(picture))  # (H, W, 3)
+        except OSError as error:
+            raise OSError(f"{path} cannot be decoded: {error}") from error
+        if pixels.shape[:2] != size:
+            raise ValueError(f"{path} is {pixels.shape[:2]} (height, width), but {self.annotations_file} says {size}.")
+        return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1).contiguous())
+
+    def _check_files(self) -> None:
+        missing = [name for name in self._names if not (self.images_folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.images_folder / missing[0]} is missing, which {self.annotations_file} lists; "
+                f"{len(missing) - 1} more of its {len(self)} images are missing too."
+            )
+        for name, size in zip(self._names, self._sizes.tolist(), strict=True):
+            path = self.images_folder / name
+            try:
+                with PIL.Image.open(path) as header:
+                    width, height = header.size
+            except OSError as error:
+                raise ValueError(f"{path}, listed in {self.annotations_file}, is no readable image: {error}") from error
+            if [height, width] != size:
+                raise ValueError(
+                    f"{path} is {height} high and {width} wide, but {self.annotations_file} says "
+                    f"{size[0]} and {size[1]}."
+                )
+
+    def _clip(
+        self, table: CocoFile, rows: Ints, image: Ints, xywh: Floats
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """The boxes as XYXY inside their images, and which of them are sound."""
+        limits = np.tile(self._sizes[image][:, ::-1], 2)  # (annotations, 4): width, height, width, height
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
+        boxes = np.clip(corners, 0, limits).astype(np.float32)
+        sound = (boxes[:, 2:] > boxes[:, :2]).all(1)  # seen in float32, which rounds the thinnest boxes to nothing
+        clipped = sound & (np.abs(corners - np.clip(corners, 0, limits)) > 1).any(1)
+        changed = np.flatnonzero(clipped | ~sound)
+        if len(changed):
+            named = [
+                f"annotation {table.rows['annotations'][rows[n]]['id']} of {self._names[image[n]]}: {xywh[n].tolist()} "
+                f"({'clipped' if sound[n] else 'left out'})"
+                for n in changed[:LISTED]
+            ]
+            warnings.warn(
+                f"{self.annotations_file}: of {len(sound)} boxes, {(~sound).sum()} are left out (no width or height, "
+                f"or wholly outside the image) and {clipped.sum()} are clipped to the image; x, y, width, height of "
+                f"the first {len(named)}: {'; '.join(named)}.",
+                stacklevel=3,
+            )
+        return boxes, sound
+
+
+def _find(root: Path, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> tuple[Path, Path]:
+    if not root.is_dir():
+        raise FileNotFoundError(f"root {root} is not a folder.")
+    if not (root / annotations).is_file():
+        found = sorted(str(path.relative_to(root)) for pattern in ("*.json", "*/*.json") for path in root.glob(pattern))
+        there = f"json files there: {', '.join(found)}" if found else "there is no json file"
+        raise FileNotFoundError(f"annotations {root / annotations} is missing; {there}.")
+    if not (root / images).is_dir():
+        raise FileNotFoundError(f"images {root / images} is not a folder.")
+    return root / annotations, root / images
+
+
+def _as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 (older Pillows say I, newer I;16)
+        levels = np.asarray(picture).astype(np.float64) / 257
+        picture = PIL.Image.fromarray(levels.round().astype(np.uint8))
+    elif "transparency" in picture.info:  # Pillow warns of a palette that loses it in one step
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")
