@@ -1,3 +1,10 @@
 """Mixup for object detection: blend two images on a shared canvas and weight every object's loss."""
 
+from detmix import functional
+from detmix.datasets.mixup import MixUpDataset
+from detmix.losses import match_weights, weight_losses
+from detmix.transforms import MixUp
+
+__all__ = ["MixUp", "MixUpDataset", "functional", "match_weights", "weight_losses"]
+
 __version__ = "0.1.0"

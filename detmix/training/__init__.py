@@ -1,0 +1,1 @@
+"""Training by Lightning: the data module, the module, pictures and the command line."""

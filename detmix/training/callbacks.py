@@ -1,0 +1,132 @@
+"""Pictures of a run: what it trained on, how it went and what it found."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from detmix.functional import Target
+from detmix.visualize import draw_grid, draw_sample
+
+GROUND_TRUTH, PREDICTION = "#40ff40", "#ff40c0"
+
+
+class Pictures(L.Callback):
+    """Write PNG files into the run folder's ``pictures/``.
+
+    ``train.png`` shows the first training batch and ``mixed.png`` the first mixed one, boxes coloured by the image they
+    came from and labelled with class and weight; ``curves.png`` the loss terms and APs so far; ``predictions.png``
+    validation images with ground truth (green) and predictions (pink).
+
+    Args:
+        num_images: The most images in a grid.
+        min_score: Predictions below this score are not drawn.
+    """
+
+    def __init__(self, num_images: int = 12, min_score: float = 0.3) -> None:
+        self.num_images = num_images
+        self.min_score = min_score
+        self._validated: list[Tensor] = []
+
+    @rank_zero_only
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Draw the first batch of training and the first that is mixed."""
+        images, targets = batch
+        name = "mixed.png" if any(target.get("lam", 1) < 1 for target in targets) else "train.png"
+        if not (path := self._folder(trainer) / name).exists():
+            write_samples(images[: self.num_images], targets, pl_module.class_names, path)
+
+    @rank_zero_only
+    def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
+        """Draw validation images until there are enough."""
+        for image, target, prediction in zip(*batch, outputs, strict=True):
+            if len(self._validated) < self.num_images:
+                self._validated.append(self._draw(image, target, prediction, pl_module.class_names))
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the predictions, and the curves up to now."""
+        if not trainer.sanity_checking:
+            _write(self._validated, self._folder(trainer) / "predictions.png")
+            self.draw_curves(trainer)
+        self._validated = []
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Write the curves of the whole training."""
+        self.draw_curves(trainer)
+
+    def draw_curves(self, trainer: L.Trainer) -> None:
+        """Draw every loss term and AP that the CSV logger has written."""
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+                if (log := Path(logger.log_dir) / "metrics.csv").exists():
+                    draw_curves(log, self._folder(trainer) / "curves.png")
+
+    def _draw(self, image: Tensor, target: Target, prediction: Target, class_names: list[str]) -> Tensor:
+        keep = prediction["scores"] >= self.min_score
+        found = {key: prediction[key][keep] for key in ("boxes", "labels", "scores")}
+        truth = {"boxes": target["boxes"], "labels": target["labels"]}
+        picture = draw_sample(image, truth, class_names, colors=[GROUND_TRUTH])
+        found["boxes"] = found["boxes"] * (max(picture.shape[-2:]) / max(image.shape[-2:]))
+        return draw_sample(picture, found, class_names, colors=[PREDICTION])
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+
+
+def write_samples(images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], path: Path) -> None:
+    """Draw samples side by side into one PNG.
+
+    Args:
+        images: Images ``(3, H_i, W_i)``.
+        targets: As many targets or more.
+        class_names: The names of classes 1, 2, ...
+        path: The PNG file to write.
+    """
+    _write([draw_sample(image, target, class_names) for image, target in zip(images, targets, strict=False)], path)
+
+
+def draw_curves(log: Path, path: Path) -> None:
+    """Draw ``train/...`` losses and ``val/...`` APs of a CSV log over the steps into one PNG.
+
+    Args:
+        log: ``metrics.csv`` of Lightning's CSVLogger.
+        path: The PNG file to write.
+    """
+    with log.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for axes, prefix, title in ((left, "train/", "Training loss"), (right, "val/", "Validation AP")):
+        for key in [key for key in rows[0] if key.startswith(prefix)] if rows else []:
+            is_class = "AP/" in key
+            if prefix == "val/" and not (is_class or "AP" in key):
+                continue
+            points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+            style = {"linewidth": 0.8, "linestyle": ":"} if is_class else {"linewidth": 1.5}
+            axes.plot(
+                *zip(*points, strict=True),
+                label=key.removeprefix(prefix),
+                marker="." if len(points) < 30 else "",
+                **style,
+            )
+        axes.set(title=title, xlabel="optimizer step", ylim=(0, 1) if prefix == "val/" else (0, None))
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def _write(pictures: Sequence[Tensor], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    TF.to_pil_image(draw_grid(pictures, columns=4)).save(path)

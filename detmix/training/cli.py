@@ -1,0 +1,129 @@
+"""The command line: Lightning's, with the detector, the data and a run folder filled in."""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from detmix.training.callbacks import Pictures, write_samples
+from detmix.training.data import DetectionData
+from detmix.training.module import DetectorModule
+
+NOISE = (
+    ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
+    "Experiment logs directory .* exists and is not empty",  # two loggers share the run folder on purpose
+    "The dirpath has changed from",  # a checkpoint of one run starts another
+    r"\s*Dump of a value that does not round-trip",  # tuples are lists in the saved config
+)
+"""Warnings, as patterns, that tell a user nothing to act on."""
+
+for _message in NOISE:
+    warnings.filterwarnings("ignore", _message)
+
+
+class DetectorCLI(LightningCLI):
+    """``fit`` and ``validate`` a detector: every argument of module, data, trainer and checkpoint is an option."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            DetectorModule,
+            DetectionData,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            save_config_kwargs={"overwrite": True},
+            **kwargs,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The two of Lightning's that make sense here."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take classes from the data; let the best and the last checkpoint and the pictures be configured."""
+        for name in ("num_classes", "class_names"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--run_dir", default=None, type=str | None, help="Folder of this run; runs/<config>/version_<n> by default."
+        )
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Pictures, "pictures")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/AP",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def instantiate_classes(self) -> None:
+        """Build everything and read both splits; a mistake in the options or the data is one line, no traceback."""
+        try:
+            super().instantiate_classes()
+            self.datamodule.setup("fit")
+        except (ValueError, OSError) as error:
+            self.parser.error(str(error))
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Log to TensorBoard and CSV in the run folder, unless loggers are configured."""
+        config = self._get(self.config_init, "trainer")
+        if config["logger"] is None or config["logger"] is True:
+            kwargs["logger"] = self._loggers()
+        # ModelCheckpoint's own save_last writes only when there is a new best.
+        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+        config["callbacks"] = [RichProgressBar(), LearningRateMonitor("step"), last, *(config["callbacks"] or [])]
+        return super().instantiate_trainer(**kwargs)
+
+    def _loggers(self) -> list[Any]:
+        run_dir = self._get(self.config, "run_dir")
+        if run_dir is not None:
+            return [TensorBoardLogger(run_dir, "", ""), CSVLogger(run_dir, "", "")]
+        files = self._get(self.config, "config") or []
+        board = TensorBoardLogger("runs", Path(str(files[-1])).stem if files else "default")
+        return [board, CSVLogger("runs", board.name, board.version)]
+
+    def after_fit(self) -> None:
+        """Print the COCO AP of the best checkpoint and say where everything is."""
+        if self._get(self.config, "trainer")["fast_dev_run"]:
+            return
+        monitored = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        best = next((c.best_model_path for c in monitored if c.best_model_path), None)  # none without a validation
+        self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
+        if self.trainer.is_global_zero:
+            sys.stdout.write(f"Run folder: {self.trainer.log_dir}\n")
+
+
+class PreviewCLI(DetectorCLI):
+    """Draw a training batch as the data section of a config mixes it; neither model nor trainer is built."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(run=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say where the picture goes and how many samples it shows."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--output", default="preview.png", help="The PNG file to write.")
+        parser.add_argument("--num_images", type=PositiveInt, default=12, help="How many samples to mix and draw.")
+
+    def instantiate_classes(self) -> None:
+        """Build the data alone, and draw."""
+        self.output, count = self.config["output"], self.config["num_images"]
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(DetectionData, "data")
+        try:
+            data = parser.instantiate_classes({"data": self.config["data"]})["data"]
+            data.batch_size, data.num_workers = count, 0
+            images, targets = next(iter(data.train_dataloader()))
+            if data.mixup is not None:
+                images, targets = data.mixup(images, targets)
+            write_samples(images, targets, data.class_names, Path(self.output))
+        except (ValueError, OSError) as error:
+            self.parser.error(str(error))

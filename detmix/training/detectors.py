@@ -1,0 +1,127 @@
+"""Build torchvision's detectors by name."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models import detection
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+# Meta-architectures that take any feature pyramid: the ResNet stages and the further levels that torchvision's own
+# builders give each, so that its default anchors fit.
+_ONE_STAGE = ((2, 3, 4), lambda channels: LastLevelP6P7(channels, channels))
+_TWO_STAGE = ((1, 2, 3, 4), lambda channels: LastLevelMaxPool())
+_ON_PYRAMIDS: dict[str, tuple[Any, tuple[tuple[int, ...], Callable[[int], nn.Module]]]] = {
+    "FCOS": (detection.FCOS, _ONE_STAGE),
+    "RetinaNet": (detection.RetinaNet, _ONE_STAGE),
+    "FasterRCNN": (detection.FasterRCNN, _TWO_STAGE),
+    "MaskRCNN": (detection.MaskRCNN, _TWO_STAGE),
+    "KeypointRCNN": (detection.KeypointRCNN, _TWO_STAGE),
+}
+
+
+def list_detectors() -> list[str]:
+    """The names `build_detector` knows: torchvision's builders, and the classes that take a backbone.
+
+    Example:
+        >>> "fcos_resnet50_fpn" in list_detectors(), "FCOS" in list_detectors()
+        (True, True)
+    """
+    return [*models.list_models(module=detection), *_ON_PYRAMIDS]
+
+
+def build_detector(
+    name: str,
+    num_classes: int,
+    *,
+    weights: str | None = None,
+    weights_backbone: str | None = None,
+    backbone: str | None = None,
+    fpn_channels: int = 256,
+    options: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a detector of torchvision: a plain model, its losses not yet weighted.
+
+    Args:
+        name: A builder, such as ``"fasterrcnn_resnet50_fpn"``; or, with ``backbone``, one of the classes ``FCOS``,
+            ``RetinaNet``, ``FasterRCNN``, ``MaskRCNN`` and ``KeypointRCNN``.
+        num_classes: Background, class 0, included.
+        weights: The name of torchvision weights such as ``"DEFAULT"``, or the file of a state dict, for the whole
+            detector. Where they were trained on other classes, all that does not fit stays as initialised.
+        weights_backbone: The name of torchvision weights for the backbone.
+        backbone: A ResNet of torchvision, such as ``"resnet18"``, under a feature pyramid.
+        fpn_channels: Channels of that pyramid, and so of the heads; a multiple of 32.
+        options: Further keyword arguments of the builder or class, such as ``min_size``.
+
+    Raises:
+        ValueError: if the name is unknown or goes with no such backbone.
+        FileNotFoundError: if ``weights`` is a file name and there is no such file.
+
+    Example:
+        >>> model = build_detector("FCOS", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64})
+        >>> model.head.classification_head.num_classes
+        4
+    """
+    if name not in list_detectors():
+        raise ValueError(f"detector must be one of {', '.join(list_detectors())}, but it is {name!r}.")
+    if (name in _ON_PYRAMIDS) != (backbone is not None):
+        raise ValueError(
+            f"backbone goes with {', '.join(_ON_PYRAMIDS)}, and with them only, "
+            f"but detector is {name!r} and backbone is {backbone!r}."
+        )
+    build = (
+        partial(models.get_model, name, weights_backbone=weights_backbone)
+        if backbone is None
+        else partial(_on_pyramid, name, backbone, weights_backbone, fpn_channels)
+    )
+    if weights is None:
+        model: nn.Module = build(num_classes=num_classes, **(options or {}))
+        return model
+    if weights.endswith((".pt", ".pth", ".ckpt")):
+        if not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"weights must be the name of torchvision weights or a file, but there is no {weights}."
+            )
+        model = build(num_classes=num_classes, **(options or {}))
+        return _load_what_fits(model, _read_state_dict(weights))
+    model = models.get_model(name, weights_backbone=None, num_classes=num_classes, **(options or {}))
+    trained: nn.Module = models.get_model(name, weights=weights, **(options or {}))
+    model.backbone = trained.backbone  # with its frozen batch norms, which a model built without weights does not have
+    return _load_what_fits(model, trained.state_dict())
+
+
+def _on_pyramid(
+    name: str, backbone: str, weights: str | None, channels: int, *, num_classes: int, **options: Any
+) -> nn.Module:
+    known = [
+        resnet
+        for resnet in models.list_models(module=models)
+        if resnet.startswith(("resnet", "resnext", "wide_resnet"))
+    ]
+    if backbone not in known:
+        raise ValueError(f"backbone must be one of {', '.join(known)}, but it is {backbone!r}.")
+    build, (stages, extra) = _ON_PYRAMIDS[name]
+    body = models.get_model(backbone, weights=weights)
+    in_channels = [body.inplanes // 2 ** (4 - stage) for stage in stages]
+    layers = {f"layer{stage}": str(i) for i, stage in enumerate(stages)}
+    pyramid = BackboneWithFPN(body, layers, in_channels, channels, extra_blocks=extra(channels))
+    model: nn.Module = build(pyramid, num_classes, **options)
+    return model
+
+
+def _read_state_dict(path: str) -> dict[str, Tensor]:
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "model.")
+    return state
+
+
+def _load_what_fits(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+    own = model.state_dict()
+    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
+    return model

@@ -1,0 +1,163 @@
+"""The Lightning module: a torchvision detector with weighted losses, trained by SGD or AdamW, judged by COCO AP."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import lr_scheduler
+from torchmetrics.detection import MeanAveragePrecision
+
+from detmix.functional import Target
+from detmix.losses import weight_losses
+from detmix.training.detectors import build_detector
+
+# COCO's twelve figures by COCO's names, and what torchmetrics calls them.
+COCO_FIGURES = dict(
+    zip(
+        ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
+        [f"map{of}" for of in ("", "_50", "_75", "_small", "_medium", "_large")]
+        + [f"mar{of}" for of in ("_1", "_10", "_100", "_small", "_medium", "_large")],
+        strict=True,
+    )
+)
+
+
+class DetectorModule(L.LightningModule):
+    """Train and validate a detector of torchvision.
+
+    Args:
+        detector: A builder of torchvision such as ``fcos_resnet50_fpn``, or, with ``backbone``, one of the classes
+            FCOS, RetinaNet, FasterRCNN, MaskRCNN and KeypointRCNN.
+        num_classes: Background included; taken from the data on the command line.
+        class_names: The names of classes 1, 2, ...; taken from the data on the command line.
+        weights: Name of torchvision weights, or file of a state dict, to start the whole detector from.
+        weights_backbone: Name of torchvision weights to start the backbone from.
+        backbone: A ResNet of torchvision such as ``resnet18``.
+        fpn_channels: Channels of the feature pyramid over ``backbone`` and of the heads.
+        options: Further arguments of torchvision's builder or class, such as ``min_size``.
+        weighted: Whether the losses heed ``target["weights"]``. Without, mixed images train a stock loss.
+        optimizer: SGD with momentum 0.9, or AdamW.
+        lr: The highest learning rate.
+        weight_decay: Of the optimizer.
+        warmup_steps: Optimizer steps over which the learning rate rises from a thousandth of its value.
+        schedule: How it falls after that: ``cosine`` to 0, or by 10 at each of ``milestones``.
+        milestones: Shares of the whole training, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        detector: str = "fcos_resnet50_fpn",
+        weights: str | None = None,
+        weights_backbone: str | None = None,
+        backbone: str | None = None,
+        fpn_channels: int = 256,
+        options: dict[str, Any] | None = None,
+        weighted: bool = True,
+        optimizer: Literal["SGD", "AdamW"] = "SGD",
+        lr: float = 0.02,
+        weight_decay: float = 1e-4,
+        warmup_steps: int = 500,
+        schedule: Literal["cosine", "multistep"] = "cosine",
+        milestones: tuple[float, ...] = (0.67, 0.89),
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.class_names = list(class_names or map(str, range(1, num_classes)))
+        self.model = build_detector(
+            detector,
+            num_classes,
+            weights=weights,
+            weights_backbone=weights_backbone,
+            backbone=backbone,
+            fpn_channels=fpn_channels,
+            options=options,
+        )
+        if weighted:
+            weight_losses(self.model)
+        iou_types: Any = ("bbox", "segm") if "maskrcnn" in detector.lower() else ("bbox",)
+        self.metric = MeanAveragePrecision(iou_type=iou_types, class_metrics=True, backend="faster_coco_eval")
+        self.metric.warn_on_many_detections = False  # COCO's own limit of 100 is what is meant
+
+    def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
+        """The sum of torchvision's loss terms, each logged."""
+        images, targets = batch
+        losses: dict[str, Tensor] = self.model(images, targets)
+        loss = torch.stack(list(losses.values())).sum()
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Any:
+        """Predict, and hand predictions and targets to COCO evaluation."""
+        images, targets = batch
+        predictions: list[dict[str, Tensor]] = self.model(images)
+        self.metric.update([_for_metric(p) for p in predictions], [_for_metric(t) for t in targets])
+        return predictions
+
+    def on_validation_epoch_end(self) -> None:
+        """Log COCO's twelve figures and the AP of each class."""
+        figures = self.metric.compute()
+        self.metric.reset()
+        for prefix in ("segm_", "bbox_") if "segm_map" in figures else ("",):
+            kind = "segm_" if prefix == "segm_" else ""
+            for name, key in COCO_FIGURES.items():
+                self.log(f"val/{kind}{name}", figures[prefix + key].float(), prog_bar=name == "AP")
+            per_class = dict(
+                zip(figures["classes"].reshape(-1).tolist(), figures[f"{prefix}map_per_class"].reshape(-1), strict=True)
+            )
+            for label, name in enumerate(self.class_names, start=1):
+                self.log(f"val/{kind}AP/{name}", per_class.get(label, torch.tensor(-1.0)).float())
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over all parameters that train, and its schedule by steps."""
+        hp = self.hparams
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer: torch.optim.Optimizer
+        if hp["optimizer"] == "SGD":
+            optimizer = torch.optim.SGD(parameters, hp["lr"], momentum=0.9, weight_decay=hp["weight_decay"])
+        else:
+            optimizer = torch.optim.AdamW(parameters, hp["lr"], weight_decay=hp["weight_decay"])
+        share = partial(
+            lr_share,
+            total=int(self.trainer.estimated_stepping_batches),
+            warmup=hp["warmup_steps"],
+            milestones=hp["milestones"] if hp["schedule"] == "multistep" else None,
+        )
+        # A function of the step alone: a run that goes on with more epochs follows the longer schedule.
+        schedule = lr_scheduler.LambdaLR(optimizer, share)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def lr_share(step: int, *, total: int, warmup: int, milestones: Sequence[float] | None) -> float:
+    """The share of the highest learning rate at a step: a linear rise from 0.001, then a cosine or falls by 10.
+
+    Args:
+        step: The optimizer step, from 0.
+        total: Steps of the whole training.
+        warmup: Steps of the rise; at most half of the training is spent on it.
+        milestones: Shares of the training at which it falls by 10; ``None`` for a cosine to 0 [arXiv:1608.03983].
+
+    Example:
+        >>> [round(lr_share(step, total=110, warmup=10, milestones=None), 3) for step in (0, 10, 60, 110)]
+        [0.001, 1.0, 0.5, 0.0]
+    """
+    warmup = min(warmup, total // 2)
+    if step < warmup:
+        return 0.001 + 0.999 * step / warmup
+    if milestones is not None:
+        return float(0.1 ** sum(step >= round(milestone * total) for milestone in milestones))
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
+
+
+def _for_metric(fields: dict[str, Any]) -> dict[str, Tensor]:
+    keys = fields.keys() & {"boxes", "labels", "scores", "masks", "iscrowd", "area"}
+    plain = {key: fields[key].as_subclass(Tensor) for key in keys}
+    if "masks" in plain:  # predictions are probabilities (N, 1, H, W)
+        plain["masks"] = (plain["masks"] > 0.5).flatten(0, -3)
+    return plain

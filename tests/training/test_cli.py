@@ -1,0 +1,169 @@
+import csv
+import re
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
+
+from detmix.training.cli import NOISE, DetectorCLI, PreviewCLI
+from detmix.training.detectors import build_detector
+from detmix.training.module import COCO_FIGURES
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+DEMO = next(config for config in CONFIGS if config.stem == "demo")
+SMALL = '--model.fpn_channels 32 --model.options {"min_size":64,"max_size":64} --data.batch_size 4 --data.num_workers 0'
+QUICK = "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.log_every_n_steps 1 --data.mixup_stop 1"
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE),
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # of Lightning's use
+]
+
+
+def command(monkeypatch, tool, line):
+    monkeypatch.setattr("sys.argv", [tool, *line.split()])
+    return PreviewCLI() if tool == "preview.py" else DetectorCLI()
+
+
+def failure(monkeypatch, capsys, line, tool="train.py"):
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, tool, line)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err.strip().split("error: ")[-1]
+
+
+def read_log(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def run(shapes, tmp_path_factory):
+    """The folder of a short training."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        command(patch, "train.py", f"fit --config {DEMO} --data.root {shapes} --run_dir {folder} {SMALL} {QUICK}")
+    return folder
+
+
+def test_a_run_writes_its_config_logs_checkpoints_and_pictures(run):
+    assert (run / "config.yaml").is_file()
+    assert list(run.glob("events.out.tfevents.*"))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    for name in ("mixed", "train", "curves", "predictions"):
+        pixels = np.asarray(PIL.Image.open(run / f"pictures/{name}.png"))
+        assert pixels.std() > 10, f"{name}.png is blank"
+
+
+def test_every_term_and_figure_is_in_the_log(run):
+    rows = read_log(run)
+    found = {key for row in rows for key, value in row.items() if value}
+    terms = {f"train/{term}" for term in ("loss", "classification", "bbox_regression", "bbox_ctrness")}
+    figures = {f"val/{name}" for name in COCO_FIGURES}
+    assert terms | figures | {f"val/AP/{name}" for name in ("circle", "square", "triangle")} <= found
+    assert sum(bool(row["train/loss"]) for row in rows) == 4  # 2 epochs of 8 images at batch 4
+
+
+def test_a_checkpoint_loads_into_the_plain_torchvision_model(run):
+    state = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    consume_prefix_in_state_dict_if_present(state, "model.")
+    model = build_detector("FCOS", 4, backbone="resnet18", fpn_channels=32)
+    model.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(1, "best.ckpt"), (2, None)])
+def test_fit_ends_with_the_figures_of_the_best_checkpoint_if_there_is_one(
+    every, expected, shapes, monkeypatch, tmp_path
+):
+    validated = []
+    monkeypatch.setattr("lightning.Trainer.validate", lambda *_, ckpt_path, **__: validated.append(ckpt_path))
+    short = f"--trainer.max_epochs 1 --trainer.check_val_every_n_epoch {every}"
+    line = f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK} {short}"
+    command(monkeypatch, "train.py", line)
+    assert validated == [expected and str(tmp_path / "checkpoints" / expected)]
+
+
+def test_validate_gives_the_ap_the_checkpoint_had(run, shapes, monkeypatch, tmp_path):
+    best = f"--ckpt_path {run / 'checkpoints/best.ckpt'}"
+    line = f"validate --config {run / 'config.yaml'} {best} --run_dir {tmp_path} --data.root {shapes}"
+    command(monkeypatch, "train.py", line)
+    aps = [float(row["val/AP"]) for row in read_log(run) if row["val/AP"]]
+    assert float(read_log(tmp_path)[-1]["val/AP"]) == pytest.approx(max(aps), abs=1e-6)
+
+
+def test_training_goes_on_from_a_checkpoint(run, monkeypatch, tmp_path):
+    last = f"--ckpt_path {run / 'checkpoints/last.ckpt'}"
+    line = f"fit --config {run / 'config.yaml'} {last} --run_dir {tmp_path} --trainer.max_epochs 3"
+    command(monkeypatch, "train.py", line)
+    rows = read_log(tmp_path)
+    assert {row["epoch"] for row in rows if row["train/loss"]} == {"2"}
+
+
+def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path):
+    command(monkeypatch, "train.py", f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK}")
+    losses = [[row["train/loss"] for row in read_log(folder) if row["train/loss"]] for folder in (run, tmp_path)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("--model.detector yolo", "detector must be one of .*, but it is 'yolo'"),
+        ("--data.root nowhere", "root nowhere is not a folder"),
+        ("--data.train_annotations none.json", "none.json is missing; json files there: .*instances_train.json"),
+        ("--data.mixup_start 9", "mixup_stop must not lie before mixup_start, but is 6 with start 9"),
+        ("--model.lr fast", "Expected a <class 'float'>. Got value: fast"),
+        ("--model.learning_rate 1", "unrecognized arguments: --model.learning_rate"),
+    ],
+)
+def test_a_mistake_is_one_message_without_a_traceback(mistake, message, shapes, monkeypatch, capsys):
+    said = failure(monkeypatch, capsys, f"fit --config {DEMO} --data.root {shapes} {SMALL} {mistake}")
+    assert re.search(message, said)
+    assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_read_and_names_a_detector_that_can_be_built(config, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--config", str(config), "--print_config"])
+    with pytest.raises(SystemExit) as exit_info:
+        DetectorCLI()
+    assert exit_info.value.code == 0
+    settings = yaml.safe_load(capsys.readouterr().out)
+    model, data = settings["model"], settings["data"]
+    names = ("detector", "backbone", "fpn_channels", "options")
+    built = {name: model[name] for name in names if name != "detector"}
+    build_detector(model["detector"], 4, **built)
+    if data["mixup_stop"] is not None:
+        assert data["mixup"]["class_path"] == "detmix.MixUp"
+        assert 0.6 < data["mixup_stop"] / settings["trainer"]["max_epochs"] < 1
+
+
+def test_help_describes_every_option(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "fit", "--help"])
+    with pytest.raises(SystemExit):
+        DetectorCLI()
+    text = capsys.readouterr().out
+    for option in (
+        "--model.lr",
+        "--model.detector",
+        "--data.root",
+        "--data.mixup_stop",
+        "--run_dir",
+        "--checkpoint.monitor",
+    ):
+        assert option in text
+    assert "How to mix; null trains on unmixed images" in text
+
+
+def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):
+    output = tmp_path / "deep/preview.png"
+    line = f"--config {DEMO} --data.root {shapes} --num_images 6 --output {output}"
+    assert command(monkeypatch, "preview.py", line).output == str(output)
+    with PIL.Image.open(output) as picture:
+        assert picture.mode == "RGB"
+    said = failure(monkeypatch, capsys, f"--config {DEMO} --data.root {shapes} --num_images 9", "preview.py")
+    assert "batch_size must be at most the 8 training images, but is 9" in said

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torchvision import models
+from torchvision.models import detection
+
+from detmix.losses import weight_losses
+from detmix.training.detectors import build_detector, list_detectors
+
+
+def sample(size=96):
+    target = {"boxes": torch.tensor([[8.0, 8, 60, 70]]), "labels": torch.tensor([2])}
+    more = {"masks": torch.ones(1, size, size, dtype=torch.uint8), "keypoints": torch.full((1, 17, 3), 30.0)}
+    return torch.rand(3, size, size), target | more | {"weights": torch.tensor([0.5])}
+
+
+@pytest.mark.parametrize("name", list_detectors())
+def test_every_detector_trains_by_name(name):
+    on_pyramid = {"backbone": "resnet18", "fpn_channels": 32} if name.isalpha() else {}
+    options = {} if name.startswith("ssd") else {"min_size": 96, "max_size": 96}
+    model = weight_losses(build_detector(name, 3, **on_pyramid, options=options))
+    images, targets = zip(*(sample(), sample()), strict=True)
+    losses = model.train()(list(images), list(targets))
+    assert len(losses) >= 2
+    assert all(torch.isfinite(loss) and loss > 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", ["FCOS", "FasterRCNN"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_a_pyramid_is_that_of_torchvisions_own_builder(name, backbone):
+    builder = {"FCOS": detection.fcos_resnet50_fpn, "FasterRCNN": detection.fasterrcnn_resnet50_fpn}[name]
+    own = build_detector(name, 3, backbone=backbone)
+    stock = builder(weights=None, weights_backbone=None, num_classes=3)
+    if backbone == "resnet50":
+        assert list(own.state_dict()) == list(stock.state_dict())
+        assert [v.shape for v in own.state_dict().values()] == [v.shape for v in stock.state_dict().values()]
+    images = [torch.rand(3, 96, 96)]
+    assert [f.shape[-2:] for f in own.backbone(torch.stack(images)).values()] == [
+        f.shape[-2:] for f in stock.backbone(torch.stack(images)).values()
+    ]
+
+
+def test_names_nobody_knows_are_named():
+    with pytest.raises(ValueError, match=r"detector must be one of .*fcos_resnet50_fpn, .*FCOS.*, but it is 'yolo'"):
+        build_detector("yolo", 3)
+    with pytest.raises(ValueError, match=r"backbone must be one of resnet101, .*, but it is 'vgg16'"):
+        build_detector("FCOS", 3, backbone="vgg16")
+    with pytest.raises(ValueError, match=r"backbone goes with FCOS.* but detector is 'FCOS' and backbone is None"):
+        build_detector("FCOS", 3)
+    with pytest.raises(ValueError, match=r"backbone goes with .* 'fcos_resnet50_fpn' and backbone is 'resnet18'"):
+        build_detector("fcos_resnet50_fpn", 3, backbone="resnet18")
+    with pytest.raises(FileNotFoundError, match=r"there is no missing\.pth"):
+        build_detector("FCOS", 3, backbone="resnet18", weights="missing.pth")
+
+
+def test_a_weights_file_for_other_classes_gives_all_that_fits(tmp_path):
+    make = lambda classes, **more: build_detector("FCOS", classes, backbone="resnet18", fpn_channels=32, **more)  # noqa: E731
+    trained = make(5)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in trained.state_dict().items()}}, tmp_path / "best.ckpt")
+    model = make(3, weights=str(tmp_path / "best.ckpt"))
+    state, source = model.state_dict(), trained.state_dict()
+    differ = [key for key in state if state[key].shape != source[key].shape]
+    assert differ == ["head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias"]
+    assert all(torch.equal(state[key], source[key]) for key in state if key not in differ)
+
+
+def test_named_weights_keep_their_backbone_and_give_a_new_head(tmp_path, monkeypatch):
+    # The weights cannot be downloaded in a test: a state dict of the right shapes stands in for the file.
+    stock = models.get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: stock.state_dict())
+    model = build_detector("ssdlite320_mobilenet_v3_large", 3, weights="DEFAULT")
+    state, source = model.state_dict(), stock.state_dict()
+    assert all(torch.equal(state[key], source[key]) for key in state if key.startswith("backbone."))
+    assert all(torch.equal(state[key], source[key]) for key in state if "regression_head" in key)
+    assert model.head.classification_head.num_columns == 3
