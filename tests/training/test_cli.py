@@ -1,7 +1,9 @@
 import csv
+import functools
 import re
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import PIL.Image
 import pytest
@@ -80,7 +82,12 @@ def test_fit_ends_with_the_figures_of_the_best_checkpoint_if_there_is_one(
     every, expected, shapes, monkeypatch, tmp_path
 ):
     validated = []
-    monkeypatch.setattr("lightning.Trainer.validate", lambda *_, ckpt_path, **__: validated.append(ckpt_path))
+
+    @functools.wraps(L.Trainer.validate)  # the command line reads its signature
+    def validate(*_, ckpt_path, **__):
+        validated.append(ckpt_path)
+
+    monkeypatch.setattr(L.Trainer, "validate", validate)
     short = f"--trainer.max_epochs 1 --trainer.check_val_every_n_epoch {every}"
     line = f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK} {short}"
     command(monkeypatch, "train.py", line)

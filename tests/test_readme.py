@@ -1,0 +1,53 @@
+import functools
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.models import detection
+
+from detmix import weight_losses
+from tests.conftest import make_sample
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What the examples take for granted, and detectors that resize to little so that they are quick."""
+    small = functools.partial(detection.fcos_resnet50_fpn, min_size=64, max_size=64)
+    monkeypatch.setattr(detection, "fcos_resnet50_fpn", small)
+    monkeypatch.chdir(tmp_path)
+    model = weight_losses(small(weights=None, weights_backbone=None, num_classes=4))
+    torch.save({"state_dict": {f"model.{key}": value for key, value in model.state_dict().items()}}, "best.ckpt")
+    samples = [make_sample(i % 3, (40 + i, 50), seed=i) for i in range(4)]
+    images = [image.float() / 255 for image, _ in samples]
+    return {"images": images, "targets": [target for _, target in samples], "dataset": samples}
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_the_examples_run(number, names):
+    exec(compile(BLOCKS[number], f"README example {number}", "exec"), names)
+    if "losses" in names:
+        assert all(torch.isfinite(loss) for loss in names["losses"].values())
+
+
+def test_ci_takes_its_test_command_from_here():
+    script = (ROOT / ".ci/run").read_text()
+    extract = re.search(r"^test_command=\$\((.*)\)$", script, flags=re.MULTILINE).group(1)
+    command = subprocess.run(
+        ["bash", "-c", extract], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    assert command in README
+    assert len(command.splitlines()) == 1
+    assert "pip install" in command
+    assert "pytest" in command
+    assert command not in script
+
+
+def test_every_config_it_names_is_there():
+    named = set(re.findall(r"\b[\w]+\.yaml", README)) - {"config.yaml"}
+    assert named == {path.name for path in (ROOT / "configs").glob("*.yaml")}
