@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.checks import check_sample
+from detmix.checks import check_target
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
@@ -164,10 +164,10 @@ def mixup(
         >>> image.shape, mixed["weights"]
         (torch.Size([3, 4, 6]), tensor([0.7500, 0.2500]))
     """
-    for name, sample in (("first", first), ("second", second)):
-        check_sample(*sample, where=name)
-    image = blend_images(first[0], second[0], lam, fill=fill)
-    return image, merge_targets(first[1], second[1], lam, canvas_size(first[0], second[0]), box_keys=box_keys)
+    for name, (image, target) in (("the first sample", first), ("the second sample", second)):
+        check_target(target, where=name, device=image.device)
+    mixed = blend_images(first[0], second[0], lam, fill=fill)
+    return mixed, merge_targets(first[1], second[1], lam, canvas_size(first[0], second[0]), box_keys=box_keys)
 
 
 def unmixed(sample: Sample, *, box_keys: Iterable[str] = BOX_KEYS) -> Sample:

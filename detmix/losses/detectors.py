@@ -20,6 +20,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
+from detmix.checks import check_target
 from detmix.losses.weighted_tensor import RULES, WeightedTensor, drop, weighted, weights_of
 
 Target = dict[str, Any]
@@ -130,8 +131,10 @@ def _row_weights(weights: Tensor, matched_idxs: Tensor) -> Tensor:
     return F.pad(weights, (1, 0), value=1.0)[matched_idxs.clamp(min=-1) + 1]
 
 
-def _all_box_weights(targets: list[Target]) -> list[Tensor] | None:
+def _all_box_weights(targets: list[Target], num_classes: int | None = None) -> list[Tensor] | None:
     """The weights of each target's boxes, or None where no target has any: stock code then runs as it is."""
+    for i, target in enumerate(targets):  # or a NaN box trains in silence, and a label too high fails deep inside torch
+        check_target(target, where=f"targets[{i}]", num_classes=num_classes)
     if not any("weights" in target for target in targets):
         return None
     return [box_weights(target, i) for i, target in enumerate(targets)]
@@ -145,7 +148,7 @@ class _WeightedRows:
         self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor], matched_idxs: list[Tensor]
     ) -> dict[str, Tensor]:
         """The parent's losses, with each row multiplied by the weight of its box."""
-        weights = _all_box_weights(targets)
+        weights = _all_box_weights(targets, num_classes=head_outputs["cls_logits"].shape[-1])
         if weights is not None:
             rows = torch.stack([_row_weights(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, R)
             head_outputs = {name: weighted(output, rows[..., None]) for name, output in head_outputs.items()}
@@ -207,7 +210,8 @@ class WeightedRoIHeads(RoIHeads):  # type: ignore[misc]
 
         The losses gather predictions by these labels, and targets by these indices, and so get the weights.
         """
-        weights = _all_box_weights(targets)
+        scores = getattr(self.box_predictor, "cls_score", None)  # of torchvision's predictors; others keep their secret
+        weights = _all_box_weights(targets, num_classes=getattr(scores, "out_features", None))
         proposals, matched_idxs, labels, deltas = super().select_training_samples(proposals, targets)
         if weights is not None:
             # Background is matched to box 0 here, and only its label tells.

@@ -557,6 +557,19 @@ def test_bad_weights_raise_and_name_their_target(stock, name):
         losses_of(weight_losses(stock), [torch.ones(3), weights, None])
 
 
+@pytest.mark.parametrize("key", ["boxes", "labels"])
+def test_a_nan_box_and_a_label_out_of_range_raise_and_name_their_target(stock, key):
+    images, targets = batch(None)
+    targets[1][key] = targets[1][key].clone()
+    targets[1][key][0] = float("nan") if key == "boxes" else 99
+    wrong = {
+        "boxes": r"box 0 of targets\[1\] must be finite, but it is \[nan",
+        "labels": r"label 0 of targets\[1\] must be a class from 1 to .* but it is 99",
+    }
+    with pytest.raises(ValueError, match=wrong[key]):
+        losses_on(weight_losses(stock), images, targets)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_match_weights_raises_on_bad_weights(name):
     weights, error, message = BAD[name]
