@@ -1,0 +1,60 @@
+import types
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from detmix.training.callbacks import PREDICTION, Pictures, draw_curves, write_samples
+
+
+def pixels(path):
+    with PIL.Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_curves_show_losses_and_aps(tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_text(
+        "epoch,step,train/loss,val/AP,val/AR1,val/AP/cat\n0,1,2.5,,,\n0,2,1.5,,,\n0,2,,0.3,0.4,0.2\n1,4,,0.5,0.6,0.4\n"
+    )
+    draw_curves(log, tmp_path / "both.png")
+    log.write_text("epoch,step,train/loss\n0,1,2.5\n0,2,1.5\n")
+    draw_curves(log, tmp_path / "losses.png")
+    log.write_text("epoch,step\n")
+    draw_curves(log, tmp_path / "none.png")
+    half = pixels(tmp_path / "none.png").shape[1] // 2
+    ink = {
+        (name, side): (pixels(tmp_path / f"{name}.png")[:, part].std(2) > 60).any()  # coloured, as curves are
+        for name in ("both", "losses", "none")
+        for side, part in (("left", slice(half)), ("right", slice(half, None)))
+    }
+    assert {key for key, found in ink.items() if found} == {("both", "left"), ("both", "right"), ("losses", "left")}
+
+
+def test_a_log_without_rows_draws_empty_axes(tmp_path):
+    (tmp_path / "metrics.csv").write_text("epoch,step\n")
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "deep/curves.png")
+    assert pixels(tmp_path / "deep/curves.png").size
+
+
+def test_samples_are_drawn_side_by_side(tmp_path):
+    target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1])}
+    write_samples([torch.zeros(3, 50, 50)] * 3, [target] * 3, ["cat"], tmp_path / "samples.png")
+    drawn = pixels(tmp_path / "samples.png")
+    assert drawn.shape[1] > 2.9 * drawn.shape[0]
+
+
+@pytest.mark.parametrize(("score", "drawn"), [(0.9, True), (0.2, False)])
+def test_predictions_below_the_least_score_are_left_out(score, drawn, tmp_path):
+    callback = Pictures(num_images=1, min_score=0.3)
+    trainer = types.SimpleNamespace(log_dir=str(tmp_path), sanity_checking=False, loggers=[])
+    module = types.SimpleNamespace(class_names=["cat"])
+    truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    found = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1]), "scores": torch.tensor([score])}
+    callback.on_validation_batch_end(trainer, module, [found, found], ([torch.zeros(3, 50, 50)] * 2, [truth] * 2))
+    callback.on_validation_end(trainer, module)
+    picture = pixels(tmp_path / "pictures/predictions.png")
+    color = np.array([int(PREDICTION[i : i + 2], 16) for i in (1, 3, 5)])
+    assert (abs(picture - color).sum(2) == 0).any() == drawn
+    assert picture.shape[0] == picture.shape[1]  # one image, though there were two
