@@ -51,7 +51,10 @@ class DetectorCLI(LightningCLI):
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_argument(
-            "--run_dir", default=None, type=str | None, help="Folder of this run; runs/<config>/version_<n> by default."
+            "--run_dir",
+            default=None,
+            type=str | None,
+            help="Each run gets a version_<n> in it; runs/<config> by default.",
         )
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(Pictures, "pictures")
@@ -83,12 +86,11 @@ class DetectorCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _loggers(self) -> list[Any]:
-        run_dir = self._get(self.config, "run_dir")
-        if run_dir is not None:
-            return [TensorBoardLogger(run_dir, "", ""), CSVLogger(run_dir, "", "")]
-        files = self._get(self.config, "config") or []
-        board = TensorBoardLogger("runs", Path(str(files[-1])).stem if files else "default")
-        return [board, CSVLogger("runs", board.name, board.version)]
+        config = Path(str((self._get(self.config, "config") or ["default"])[-1]))
+        # The config.yaml that a run has saved starts another run beside it.
+        default = config.parent.parent if config.name == "config.yaml" else Path("runs", config.stem)
+        board = TensorBoardLogger(self._get(self.config, "run_dir") or default, name="")
+        return [board, CSVLogger(board.save_dir, name="", version=board.version)]
 
     def after_fit(self) -> None:
         """Print the COCO AP of the best checkpoint and say where everything is."""

@@ -13,7 +13,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from detmix.training.cli import NOISE, DetectorCLI, PreviewCLI
 from detmix.training.detectors import build_detector
-from detmix.training.module import COCO_FIGURES
+from detmix.training.module import COCO_FIGURES, DetectorModule
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DEMO = next(config for config in CONFIGS if config.stem == "demo")
@@ -39,17 +39,18 @@ def failure(monkeypatch, capsys, line, tool="train.py"):
 
 
 def read_log(run):
+    """The rows of the metrics of a run."""
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
 def run(shapes, tmp_path_factory):
-    """The folder of a short training."""
+    """The folder that a short training made."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         command(patch, "train.py", f"fit --config {DEMO} --data.root {shapes} --run_dir {folder} {SMALL} {QUICK}")
-    return folder
+    return folder / "version_0"
 
 
 def test_a_run_writes_its_config_logs_checkpoints_and_pictures(run):
@@ -71,10 +72,14 @@ def test_every_term_and_figure_is_in_the_log(run):
 
 
 def test_a_checkpoint_loads_into_the_plain_torchvision_model(run):
-    state = torch.load(run / "checkpoints/best.ckpt", weights_only=True)["state_dict"]
+    path = run / "checkpoints/best.ckpt"
+    state = torch.load(path, weights_only=True)["state_dict"]
     consume_prefix_in_state_dict_if_present(state, "model.")
     model = build_detector("FCOS", 4, backbone="resnet18", fpn_channels=32)
     model.load_state_dict(state, strict=True)
+    module = DetectorModule.load_from_checkpoint(path, weights_only=True)
+    assert module.class_names == ["circle", "square", "triangle"]
+    assert all(torch.equal(value, state[key]) for key, value in module.model.state_dict().items())
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, "best.ckpt"), (2, None)])
@@ -91,28 +96,31 @@ def test_fit_ends_with_the_figures_of_the_best_checkpoint_if_there_is_one(
     short = f"--trainer.max_epochs 1 --trainer.check_val_every_n_epoch {every}"
     line = f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK} {short}"
     command(monkeypatch, "train.py", line)
-    assert validated == [expected and str(tmp_path / "checkpoints" / expected)]
+    assert validated == [expected and str(tmp_path / "version_0/checkpoints" / expected)]
 
 
-def test_validate_gives_the_ap_the_checkpoint_had(run, shapes, monkeypatch, tmp_path):
+def test_validate_gives_the_ap_the_checkpoint_had_and_overwrites_nothing(run, monkeypatch):
     best = f"--ckpt_path {run / 'checkpoints/best.ckpt'}"
-    line = f"validate --config {run / 'config.yaml'} {best} --run_dir {tmp_path} --data.root {shapes}"
-    command(monkeypatch, "train.py", line)
+    kept = (run / "metrics.csv").read_bytes()
+    command(monkeypatch, "train.py", f"validate --config {run / 'config.yaml'} {best}")
     aps = [float(row["val/AP"]) for row in read_log(run) if row["val/AP"]]
-    assert float(read_log(tmp_path)[-1]["val/AP"]) == pytest.approx(max(aps), abs=1e-6)
+    assert float(read_log(run.parent / "version_1")[-1]["val/AP"]) == pytest.approx(max(aps), abs=1e-6)
+    assert (run / "metrics.csv").read_bytes() == kept
 
 
 def test_training_goes_on_from_a_checkpoint(run, monkeypatch, tmp_path):
     last = f"--ckpt_path {run / 'checkpoints/last.ckpt'}"
     line = f"fit --config {run / 'config.yaml'} {last} --run_dir {tmp_path} --trainer.max_epochs 3"
     command(monkeypatch, "train.py", line)
-    rows = read_log(tmp_path)
+    rows = read_log(tmp_path / "version_0")
     assert {row["epoch"] for row in rows if row["train/loss"]} == {"2"}
 
 
 def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path):
     command(monkeypatch, "train.py", f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK}")
-    losses = [[row["train/loss"] for row in read_log(folder) if row["train/loss"]] for folder in (run, tmp_path)]
+    losses = [
+        [row["train/loss"] for row in read_log(folder) if row["train/loss"]] for folder in (run, tmp_path / "version_0")
+    ]
     assert losses[0] == losses[1]
 
 
