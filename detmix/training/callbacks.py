@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
@@ -23,7 +25,7 @@ class Pictures(L.Callback):
 
     ``train.png`` shows the first training batch and ``mixed.png`` the first mixed one, boxes coloured by the image they
     came from and labelled with class and weight; ``curves.png`` the loss terms and APs so far; ``predictions.png``
-    validation images with ground truth (green) and predictions (pink).
+    validation images in pairs, ground truth (green) on the left and predictions (pink) on the right.
 
     Args:
         num_images: The most images in a grid.
@@ -53,8 +55,8 @@ class Pictures(L.Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the predictions, and the curves up to now."""
-        if not trainer.sanity_checking:
-            _write(self._validated, self._folder(trainer) / "predictions.png")
+        if self._validated and not trainer.sanity_checking:
+            _write(self._validated, self._folder(trainer) / "predictions.png", columns=3)
             self.draw_curves(trainer)
         self._validated = []
 
@@ -74,10 +76,11 @@ class Pictures(L.Callback):
     def _draw(self, image: Tensor, target: Target, prediction: Target, class_names: list[str]) -> Tensor:
         keep = prediction["scores"] >= self.min_score
         found = {key: prediction[key][keep] for key in ("boxes", "labels", "scores")}
-        truth = {"boxes": target["boxes"], "labels": target["labels"]}
-        picture = draw_sample(image, truth, class_names, colors=[GROUND_TRUTH])
-        found["boxes"] = found["boxes"] * (max(picture.shape[-2:]) / max(image.shape[-2:]))
-        return draw_sample(picture, found, class_names, colors=[PREDICTION])
+        pair = [
+            draw_sample(image, boxes, class_names, size=360, colors=[color])
+            for boxes, color in ((target, GROUND_TRUTH), (found, PREDICTION))
+        ]
+        return torch.cat(pair, 2)
 
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
@@ -106,18 +109,21 @@ def draw_curves(log: Path, path: Path) -> None:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(12, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for axes, prefix, title in ((left, "train/", "Training loss"), (right, "val/", "Validation AP")):
-        for key in [key for key in rows[0] if key.startswith(prefix)] if rows else []:
-            is_class = "AP/" in key
-            if prefix == "val/" and not (is_class or "AP" in key):
+    keys = list(rows[0]) if rows else []
+    many = sum("AP/" in key for key in keys) > 20  # classes: a legend of COCO's 80 would hide the curves
+    for axes, prefix, shown, title in ((left, "train/", "", "Training loss"), (right, "val/", "AP", "Validation AP")):
+        axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        for key in keys:
+            if not key.startswith(prefix) or shown not in key:
                 continue
+            is_class = "AP/" in key
             points = [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-            style = {"linewidth": 0.8, "linestyle": ":"} if is_class else {"linewidth": 1.5}
             axes.plot(
                 *zip(*points, strict=True),
-                label=key.removeprefix(prefix),
+                label="_" if is_class and many else key.removeprefix(prefix),
                 marker="." if len(points) < 30 else "",
-                **style,
+                linewidth=0.8 if is_class else 1.5,
+                linestyle=":" if is_class else "-",
             )
         axes.set(title=title, xlabel="optimizer step", ylim=(0, 1) if prefix == "val/" else (0, None))
         axes.grid(alpha=0.3)
@@ -127,6 +133,6 @@ def draw_curves(log: Path, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def _write(pictures: Sequence[Tensor], path: Path) -> None:
+def _write(pictures: Sequence[Tensor], path: Path, columns: int = 4) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(draw_grid(pictures, columns=4)).save(path)
+    TF.to_pil_image(draw_grid(pictures, columns)).save(path)

@@ -32,6 +32,15 @@ def test_curves_show_losses_and_aps(tmp_path):
     assert {key for key, found in ink.items() if found} == {("both", "left"), ("both", "right"), ("losses", "left")}
 
 
+def test_the_classes_of_a_large_dataset_stay_out_of_the_legend(tmp_path):
+    header = ",".join(f"val/AP/class {k}" for k in range(21))
+    (tmp_path / "metrics.csv").write_text(f"epoch,step,val/AP,{header}\n" + "0,1,0.5" + ",0.1" * 21 + "\n")
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "many.png")
+    (tmp_path / "metrics.csv").write_text("epoch,step,val/AP,val/AP/class 0\n0,1,0.5,0.1\n")
+    draw_curves(tmp_path / "metrics.csv", tmp_path / "few.png")
+    assert (pixels(tmp_path / "many.png") < 50).sum() < (pixels(tmp_path / "few.png") < 50).sum()  # less black text
+
+
 def test_a_log_without_rows_draws_empty_axes(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step\n")
     draw_curves(tmp_path / "metrics.csv", tmp_path / "deep/curves.png")
@@ -57,4 +66,4 @@ def test_predictions_below_the_least_score_are_left_out(score, drawn, tmp_path):
     picture = pixels(tmp_path / "pictures/predictions.png")
     color = np.array([int(PREDICTION[i : i + 2], 16) for i in (1, 3, 5)])
     assert (abs(picture - color).sum(2) == 0).any() == drawn
-    assert picture.shape[0] == picture.shape[1]  # one image, though there were two
+    assert picture.shape[1] == 2 * picture.shape[0]  # one pair, though there were two images
