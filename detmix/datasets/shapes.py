@@ -23,8 +23,8 @@ _OURS = re.compile(rf"{re.escape(_MARKER)}|images/(train|val)_\d+\.png|annotatio
 CLASSES = ("circle", "square", "triangle")
 KEYPOINTS = ("center", "top", "right", "bottom", "left")  # the outermost points: defined for any rotation, and a circle
 SKELETON = ((1, 2), (1, 3), (1, 4), (1, 5))  # COCO counts from 1
-_SIZES = ((128, 128), (96, 144), (144, 96), (112, 112), (120, 160), (160, 120), (96, 96))  # height, width
-_MIN_VISIBLE = 0.3  # of a shape's full area: what shows less is not drawn at all
+_SIZES = ((128, 128), (96, 120), (120, 96), (112, 112), (96, 128), (128, 96), (96, 96))  # height, width
+_MIN_VISIBLE = 0.5  # of a shape's full area: what shows less is not drawn at all
 
 Array = npt.NDArray[Any]
 
@@ -32,9 +32,9 @@ Array = npt.NDArray[Any]
 def draw_shapes(root: str | os.PathLike[str], *, num_train: int = 320, num_val: int = 64, seed: int = 0) -> Path:
     """Draw circles, squares and triangles into ``root``, in COCO format with boxes, masks and keypoints.
 
-    Images are 96 to 160 pixels a side, portrait, landscape and square, on textured backgrounds. Colours and textures
-    say nothing of the class. Shapes are 14 to 70 pixels wide, rotated, and hide each other: masks and boxes are of the
-    visible part, and whatever is drawn shows at least 30 % of its area. One image in 20 has no object, one in 10 is
+    Images are 96 to 128 pixels a side, portrait, landscape and square, on textured backgrounds. Colours and textures
+    say nothing of the class. Shapes are 20 to 70 pixels wide, tilted, and hide each other: masks and boxes are of the
+    visible part, and whatever is drawn shows at least half of its area. One image in 20 has no object, one in 10 is
     crowded (8 to 12 objects), and one in 16 has a cluster of tiny shapes annotated as crowd (``iscrowd=1``).
     The five keypoints are a shape's center and its outermost points; v is 2 where seen, 1 where hidden by another
     shape, 0 outside the image.
@@ -158,7 +158,7 @@ def _draw_image(rng: np.random.Generator, index: int) -> tuple[Array, list[dict[
     height, width = _SIZES[index % len(_SIZES)]
     empty, crowded, cluster = index % 20 == 6, index % 10 == 3, index % 16 == 5
     number = 0 if empty else rng.integers(8, 13) if crowded else rng.integers(1, 6)
-    largest = 36 if crowded else 70
+    largest = 40 if crowded else 70
     pixels = _texture(rng, height, width)
     owner = np.full((height, width), -1)  # which shape is seen at a pixel
     shapes: list[_Shape] = []
@@ -186,8 +186,8 @@ class _Shape:
 
 
 def _draw_single(rng: np.random.Generator, height: int, width: int, largest: int) -> _Shape:
-    center = rng.uniform(0, 1, 2) * (width, height)
-    radius = math.exp(rng.uniform(math.log(14), math.log(largest))) / 2
+    center = rng.uniform(0.1, 0.9, 2) * (width, height)
+    radius = math.exp(rng.uniform(math.log(20), math.log(largest))) / 2
     return _shape(int(rng.integers(1, len(CLASSES) + 1)), center, radius, _angle(rng), height, width)
 
 
@@ -203,8 +203,8 @@ def _draw_cluster(rng: np.random.Generator, height: int, width: int) -> _Shape:
 
 
 def _angle(rng: np.random.Generator) -> float:
-    """A rotation that leaves no edge level or upright, where the outermost point would be a whole edge."""
-    return math.radians(30 * rng.integers(12) + rng.uniform(7, 23))
+    """A tilt that leaves no edge level or upright, where the outermost point would be a whole edge."""
+    return math.radians(rng.choice([-1, 1]) * rng.uniform(7, 20))
 
 
 def _shape(label: int, center: Array, radius: float, angle: float, height: int, width: int) -> _Shape:
@@ -216,7 +216,8 @@ def _shape(label: int, center: Array, radius: float, angle: float, height: int, 
         rim = radius * np.array([(0, -1), (1, 0), (0, 1), (-1, 0)])
     else:
         corners = 4 if CLASSES[label - 1] == "square" else 3
-        turns = angle + 2 * math.pi * np.arange(corners) / corners
+        upright = math.pi / 4 if corners == 4 else -math.pi / 2  # y points down: a corner at the top
+        turns = upright + angle + 2 * math.pi * np.arange(corners) / corners
         radius *= 1.15  # a polygon in the circle looks smaller than the circle
         inner = radius * math.cos(math.pi / corners)
         sides = turns + math.pi / corners  # where the sides face
@@ -263,7 +264,7 @@ def _paint(rng: np.random.Generator, pixels: Array, mask: Array) -> Array:
     behind = pixels[mask].mean(0)
     while True:
         texture = _texture(rng, *mask.shape)
-        if np.abs(texture[mask].mean(0) - behind).max() > 70:
+        if np.abs(texture[mask].mean(0) - behind).max() > 90:
             return np.where(mask[..., None], texture, pixels)
 
 
@@ -281,5 +282,5 @@ def _texture(rng: np.random.Generator, height: int, width: int) -> Array:
     )
     share = patterns[rng.integers(len(patterns))]()[..., None]
     first = rng.uniform(20, 235, 3)
-    second = np.clip(first + rng.uniform(-60, 60, 3), 0, 255)
+    second = np.clip(first + rng.uniform(-40, 40, 3), 0, 255)
     return share * first + (1 - share) * second

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib import colormaps
@@ -80,7 +79,7 @@ class Pictures(L.Callback):
             draw_sample(image, boxes, class_names, size=360, colors=[color])
             for boxes, color in ((target, GROUND_TRUTH), (found, PREDICTION))
         ]
-        return torch.cat(pair, 2)
+        return draw_grid(pair, columns=2)
 
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(trainer.log_dir or trainer.default_root_dir) / "pictures"

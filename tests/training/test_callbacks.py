@@ -66,4 +66,4 @@ def test_predictions_below_the_least_score_are_left_out(score, drawn, tmp_path):
     picture = pixels(tmp_path / "pictures/predictions.png")
     color = np.array([int(PREDICTION[i : i + 2], 16) for i in (1, 3, 5)])
     assert (abs(picture - color).sum(2) == 0).any() == drawn
-    assert picture.shape[1] == 2 * picture.shape[0]  # one pair, though there were two images
+    assert picture.shape[1] == 2 * (picture.shape[0] - 1)  # one pair, framed by 2 pixels, though there were two images
