@@ -46,7 +46,7 @@ def check_target(
     for key, value in (("boxes", boxes), ("labels", labels)):
         if isinstance(value, Tensor) and value.device != device:
             raise ValueError(f"{key} of {where} must be on the device of {owner}, {device}, but are on {value.device}.")
-    if boxes.device.type != "cpu":
+    if boxes.device.type != "cpu" or not len(boxes):
         return
     for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
         raise ValueError(f"box {row} of {where} must be finite, but it is {boxes[row].tolist()}.")

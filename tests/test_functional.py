@@ -117,6 +117,14 @@ def test_masks_are_padded_to_the_canvas(sample):
     assert not masks[1:, :, 3:].any()
 
 
+def test_plain_masks_are_padded_as_tv_tensors_are(sample):
+    (_, first), (_, second) = sample(1, (4, 6)), sample(2, (5, 3), seed=1)
+    expected = merge_targets(first, second, 0.5, (5, 6))["masks"].as_subclass(torch.Tensor)
+    for target in (first, second):
+        target["masks"] = target["masks"].as_subclass(torch.Tensor)
+    assert torch.equal(merge_targets(first, second, 0.5, (5, 6))["masks"], expected)
+
+
 def test_boxes_of_second_are_converted_to_the_format_of_first():
     xyxy = tv_tensors.BoundingBoxes([[1.0, 2.0, 5.0, 8.0]], format="XYXY", canvas_size=(9, 9))
     cxcywh = tv_tensors.BoundingBoxes([[3.0, 5.0, 4.0, 6.0]], format="CXCYWH", canvas_size=(7, 9))

@@ -103,9 +103,10 @@ def test_a_recorded_plan_replays_bit_for_bit(sample):
 def test_mixing_leaves_the_batch_alone(sample):
     images, targets = batch(sample)
     kept = copy.deepcopy((images, targets))
-    out, _ = MixUp(p=0.5)(images, targets, MixUpParams([1, -1, 3, 4, 0], [0.5, 1.0, 0.5, 0.5, 0.5]))
-    for image in out:
-        image.zero_()
+    out, out_targets = MixUp(p=0.5)(images, targets, MixUpParams([1, 2, -1, 4, 0], [0.5, 0.5, 1.0, 0.5, 0.5]))
+    for value in [*out, *(value for target in out_targets for value in target.values())]:
+        if isinstance(value, torch.Tensor):
+            value.zero_()
     assert_same((images, targets), kept)
 
 
@@ -115,6 +116,12 @@ def test_weights_of_each_source_are_its_share(sample):
         for source, share in ((0, target["lam"]), (1, 1 - target["lam"])):
             weights = target["weights"][target["source"] == source]
             torch.testing.assert_close(weights, torch.full_like(weights, share))
+
+
+def test_what_no_image_covers_is_filled(sample):
+    images, targets = batch(sample, counts=(1, 1), sizes=[(8, 4), (4, 8)])
+    mixed, _ = MixUp(fill=(10, 20, 30))(images, targets)
+    assert mixed[0][:, 5, 5].tolist() == mixed[1][:, 7, 7].tolist() == [10, 20, 30]
 
 
 def test_further_box_keys_are_joined(sample):
@@ -148,6 +155,15 @@ def test_it_survives_pickle_and_deepcopy(sample):
 def test_senseless_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         MixUp(**arguments)
+
+
+def test_a_batch_that_does_not_fit_together_is_named_even_if_nothing_is_mixed(sample):
+    images, targets = batch(sample)
+    with pytest.raises(ValueError, match="there are 4 images and 5 targets"):
+        MixUp(p=0.0)(images[:4], targets)
+    targets[3]["boxes"][0, 1] = float("nan")
+    with pytest.raises(ValueError, match="box 0 of target 3 must be finite"):
+        MixUp(p=0.0)(images, targets)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

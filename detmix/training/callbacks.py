@@ -111,7 +111,7 @@ def draw_curves(log: Path, path: Path) -> None:
     keys = list(rows[0]) if rows else []
     many = sum("AP/" in key for key in keys) > 20  # classes: a legend of COCO's 80 would hide the curves
     for axes, prefix, shown, title in ((left, "train/", "", "Training loss"), (right, "val/", "AP", "Validation AP")):
-        axes.set_prop_cycle(color=colormaps["tab20"].colors)
+        axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
         for key in keys:
             if not key.startswith(prefix) or shown not in key:
                 continue

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import lr_scheduler
@@ -81,7 +82,14 @@ class DetectorModule(L.LightningModule):
         if weighted:
             weight_losses(self.model)
         iou_types: Any = ("bbox", "segm") if "maskrcnn" in detector.lower() else ("bbox",)
-        self.metric = MeanAveragePrecision(iou_type=iou_types, class_metrics=True, backend="faster_coco_eval")
+        self.metric = MeanAveragePrecision(
+            iou_type=iou_types,
+            # COCO's own thresholds: torchmetrics' are rounded to float32, and miss recalls that hit one exactly.
+            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
+            rec_thresholds=np.linspace(0, 1, 101).tolist(),
+            class_metrics=True,
+            backend="faster_coco_eval",
+        )
         self.metric.warn_on_many_detections = False  # COCO's own limit of 100 is what is meant
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
