@@ -122,7 +122,7 @@ def test_what_gives_no_pairs_is_named():
         MixUpDataset(sample for sample in [])
     with pytest.raises(TypeError, match=r"sample 0 of list must be an \(image, target\) pair.*it is a Tensor"):
         MixUpDataset([torch.zeros(3, 4, 4)])[0]
-    with pytest.raises(TypeError, match="sample 0 of list must be .* it is a tuple"):
+    with pytest.raises(TypeError, match=r"sample 0 of list must be .* it is a tuple"):
         MixUpDataset([(torch.zeros(3, 4, 4), {"boxes": torch.zeros(0, 4)}, "more")])[0]
 
     class Endless:
