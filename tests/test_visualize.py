@@ -28,8 +28,9 @@ def test_the_label_says_class_and_weight():
     pictures = [draw(), draw(weights=torch.tensor([0.3])), draw(weights=torch.tensor([0.8]))]
     assert not torch.equal(pictures[0], pictures[1])
     assert not torch.equal(pictures[1], pictures[2])
-    other = draw_sample(torch.zeros(3, 100, 100), box, ["dog"])
-    assert not torch.equal(pictures[0], other)
+    names = [draw_sample(torch.zeros(3, 100, 100), box, names) for names in (["cat", "dog"], ["dog", "cat"])]
+    assert torch.equal(pictures[0], names[0])
+    assert not torch.equal(pictures[0], names[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
