@@ -102,6 +102,7 @@ def test_the_learning_rate_rises_and_falls_as_told(schedule, expected):
         optimizer.step()
         scheduler.step()
     assert rates[0] == pytest.approx(0.001)
+    assert rates[5] == pytest.approx(0.5005)
     assert rates[10] == pytest.approx(expected[0])
     assert rates[60] == pytest.approx(expected[1], abs=1e-6)
     assert rates[110] == pytest.approx(expected[2], abs=1e-6)
