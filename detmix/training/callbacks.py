@@ -59,11 +59,6 @@ class Pictures(L.Callback):
             self.draw_curves(trainer)
         self._validated = []
 
-    @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write the curves of the whole training."""
-        self.draw_curves(trainer)
-
     def draw_curves(self, trainer: L.Trainer) -> None:
         """Draw every loss term and AP that the CSV logger has written."""
         for logger in trainer.loggers:

@@ -110,6 +110,15 @@ def test_validate_gives_the_ap_the_checkpoint_had_and_overwrites_nothing(run, mo
     assert (run / "metrics.csv").read_bytes() == kept
 
 
+def test_a_saved_config_starts_another_run_beside_its_own(shapes, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    short = "--trainer.max_epochs 1 --trainer.limit_train_batches 1 --trainer.limit_val_batches 1"
+    command(monkeypatch, "train.py", f"fit --config {DEMO} --data.root {shapes} {SMALL} {QUICK} {short}")
+    command(monkeypatch, "train.py", "validate --config runs/demo/version_0/config.yaml")
+    assert sorted(path.name for path in (tmp_path / "runs/demo").iterdir()) == ["version_0", "version_1"]
+    assert not (tmp_path / "runs/config").exists()
+
+
 def test_training_goes_on_from_a_checkpoint(run, monkeypatch, tmp_path):
     last = f"--ckpt_path {run / 'checkpoints/last.ckpt'}"
     line = f"fit --config {run / 'config.yaml'} {last} --run_dir {tmp_path} --trainer.max_epochs 3"

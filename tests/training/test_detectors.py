@@ -2,6 +2,7 @@ import pytest
 import torch
 from torchvision import models
 from torchvision.models import detection
+from torchvision.ops import FrozenBatchNorm2d
 
 from detmix.losses import weight_losses
 from detmix.training.detectors import build_detector, list_detectors
@@ -65,10 +66,12 @@ def test_a_weights_file_for_other_classes_gives_all_that_fits(tmp_path):
 
 def test_named_weights_keep_their_backbone_and_give_a_new_head(tmp_path, monkeypatch):
     # The weights cannot be downloaded in a test: a state dict of the right shapes stands in for the file.
-    stock = models.get_model("ssdlite320_mobilenet_v3_large", weights=None, weights_backbone=None)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: stock.state_dict())
-    model = build_detector("ssdlite320_mobilenet_v3_large", 3, weights="DEFAULT")
-    state, source = model.state_dict(), stock.state_dict()
-    assert all(torch.equal(state[key], source[key]) for key in state if key.startswith("backbone."))
-    assert all(torch.equal(state[key], source[key]) for key in state if "regression_head" in key)
-    assert model.head.classification_head.num_columns == 3
+    stock = models.get_model("fcos_resnet50_fpn", weights=None, weights_backbone=None).state_dict()
+    source = {key: value for key, value in stock.items() if not key.endswith("num_batches_tracked")}
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: dict(source))
+    model = build_detector("fcos_resnet50_fpn", 3, weights="DEFAULT")
+    state = model.state_dict()
+    kept = [key for key in source if key.startswith(("backbone.", "head.regression_head."))]
+    assert all(torch.equal(state[key], source[key]) for key in kept)
+    assert any(isinstance(module, FrozenBatchNorm2d) for module in model.backbone.modules())
+    assert model.head.classification_head.num_classes == 3
