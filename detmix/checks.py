@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
+from torchvision import tv_tensors
 
 
 def check_target(
-    target: dict[str, Any], *, where: str, device: torch.device | None = None, num_classes: int | None = None
+    target: dict[str, Any],
+    *,
+    where: str,
+    image: Tensor | None = None,
+    num_classes: int | None = None,
 ) -> None:
     """Check that a target is one that can be mixed and trained on.
 
@@ -17,7 +21,8 @@ def check_target(
     Args:
         target: Target with ``boxes`` ``(num_boxes, 4)`` and, optionally, ``labels`` ``(num_boxes,)``.
         where: How the error calls the target, such as ``"target 3"``.
-        device: Where its image is; ``None`` asks for one device for the boxes and labels, whichever it is.
+        image: Its image ``(C, H, W)``, whose size masks and `tv_tensors` must have and on whose device boxes and labels
+            must be; ``None`` asks for one device for both, whichever it is.
         num_classes: With background as class 0, so labels must lie in 1..num_classes - 1. ``None`` leaves them alone.
 
     Raises:
@@ -25,6 +30,7 @@ def check_target(
         TypeError: if the target is no dict or its boxes are no tensor.
 
     Example:
+        >>> import torch
         >>> check_target({"boxes": torch.tensor([[0.0, 0.0, 4.0, float("nan")]])}, where="target 0")
         Traceback (most recent call last):
         ValueError: box 0 of target 0 must be finite, but it is [0.0, 0.0, 4.0, nan].
@@ -42,10 +48,12 @@ def check_target(
         raise ValueError(
             f"labels of {where} must have one entry for each of the {len(boxes)} boxes, but have {len(labels)}."
         )
-    owner, device = ("its boxes", boxes.device) if device is None else ("its image", device)
+    owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
     for key, value in (("boxes", boxes), ("labels", labels)):
         if isinstance(value, Tensor) and value.device != device:
             raise ValueError(f"{key} of {where} must be on the device of {owner}, {device}, but are on {value.device}.")
+    if image is not None:
+        _check_sizes(target, (image.shape[-2], image.shape[-1]), where)
     if boxes.device.type != "cpu" or not len(boxes):
         return
     for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
@@ -59,7 +67,11 @@ def check_target(
 
 
 def check_batch(
-    images: Tensor | Sequence[Tensor], targets: Sequence[dict[str, Any]], num_classes: int | None = None
+    images: Tensor | Sequence[Tensor],
+    targets: Sequence[dict[str, Any]],
+    num_classes: int | None = None,
+    *,
+    where: str = "target",
 ) -> None:
     """Check a whole batch, target by target, with `check_target`.
 
@@ -67,11 +79,13 @@ def check_batch(
         images: Images ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)``.
         targets: B targets.
         num_classes: See `check_target`.
+        where: How the error calls a target, before its index.
 
     Raises:
         ValueError: if there are not as many targets as images, and as `check_target`.
 
     Example:
+        >>> import torch
         >>> check_batch([torch.zeros(3, 8, 8)], [])
         Traceback (most recent call last):
         ValueError: images and targets must be of one length, but there are 1 images and 0 targets.
@@ -81,4 +95,13 @@ def check_batch(
             f"images and targets must be of one length, but there are {len(images)} images and {len(targets)} targets."
         )
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
-        check_target(target, where=f"target {i}", device=image.device, num_classes=num_classes)
+        check_target(target, where=f"{where} {i}", image=image, num_classes=num_classes)
+
+
+def _check_sizes(target: dict[str, Any], size: tuple[int, int], where: str) -> None:
+    for key, value in target.items():
+        canvas = getattr(value, "canvas_size", size)
+        if (key == "masks" or isinstance(value, tv_tensors.Mask)) and len(value):
+            canvas = tuple(value.shape[-2:])
+        if tuple(canvas) != size:
+            raise ValueError(f"{key} of {where} are on a canvas of {tuple(canvas)}, but its image is {size}.")

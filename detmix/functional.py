@@ -1,138 +1,72 @@
-"""Blend two images and their targets on a shared canvas: pure functions of (first, second, lam).
+"""Mix samples: pure functions of (first, second, lam), and of a batch and a plan.
 
 Mixup for object detection as in the Bag of Freebies [arXiv:1902.04103, sec. 3.1]: the images are not resized but laid
 on one canvas, both at its top left, so every box keeps its pixel coordinates, and every box is kept with a weight.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as TF
 
-from detmix.checks import check_target
+from detmix.blend import blend_batch, blend_images, canvas_size
+from detmix.checks import check_batch, check_target
+from detmix.fields import BOX_KEYS
+from detmix.placement import Placement, place
+from detmix.targets import Target, annotated, box_fields, merge_targets, unmixed_target
 
-Target = dict[str, Any]
+__all__ = [
+    "BOX_KEYS",
+    "Mix",
+    "Placement",
+    "Sample",
+    "Target",
+    "blend_batch",
+    "blend_images",
+    "box_fields",
+    "canvas_size",
+    "merge_targets",
+    "mix_labels",
+    "mixup",
+    "mixup_batch",
+    "unmixed",
+]
+
 Sample = tuple[Tensor, Target]
-
-BOX_KEYS = frozenset(
-    (
-        *("boxes", "labels", "weights", "masks", "keypoints", "area", "iscrowd", "source"),  # torchvision's and our own
-        *(
-            "bbox",
-            "category_id",
-            "id",
-            "segmentation",
-            "num_keypoints",
-        ),  # COCO's, as torchvision's wrapper hands them on
-        *("difficult", "truncated", "occluded"),  # VOC's and KITTI's
-    )
-)
-"""Target keys that hold one entry per box: joined by a mix. Every other key is the first sample's."""
+Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
 
 
-def blend_images(first: Tensor, second: Tensor, lam: float, *, fill: float | Sequence[float] = 0.0) -> Tensor:
-    """Blend two images on a canvas that holds both: ``lam * first + (1 - lam) * second``.
+class Mix(NamedTuple):
+    """What is done to one sample, drawn before anything is done: plain numbers, to log, to store and to replay."""
 
-    The canvas has the larger height and the larger width of the two; both lie at its top left. Where only one image
-    covers the canvas, the other's share is ``fill``. Integer images are rounded to the nearest level, not truncated.
+    partner: int = -1
+    """The index of the sample it is mixed with; -1 for one that is left as it is."""
+    lam: float = 1.0
+    """The sample's own share of the image."""
+    shares: tuple[float, float] = (1.0, 0.0)
+    """What the weights of its own boxes and of its partner's are multiplied by."""
+    placement: Placement | None = None
+    """How the partner lies on its canvas; both at the top left, unscaled, if ``None``."""
 
-    Args:
-        first: Image ``(C, H1, W1)``, integer or floating point. Its type (`tv_tensors.Image`, say) is the result's.
-        second: Image ``(C, H2, W2)`` of the same dtype and device.
-        lam: The share of ``first``, in [0, 1].
-        fill: The value of a pixel that an image does not cover, in the image's own units: one number, or one a channel.
-            0 is black before normalisation, and the mean colour after it.
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Mix":
+        """The plan that a mixed target, or a JSON object, records.
 
-    Returns:
-        The blend, ``(C, max(H1, H2), max(W1, W2))``, in the dtype of the inputs, which are left alone.
-
-    Raises:
-        ValueError: if shapes, dtypes or devices do not go together or ``lam`` is outside [0, 1].
-
-    Example:
-        >>> first = torch.full((1, 1, 2), 10, dtype=torch.uint8)
-        >>> second = torch.full((1, 2, 1), 15, dtype=torch.uint8)
-        >>> blend_images(first, second, 0.5)
-        tensor([[[12,  5],
-                 [ 8,  0]]], dtype=torch.uint8)
-    """
-    _check_lam(lam)
-    for name, image in (("first", first), ("second", second)):
-        if image.ndim != 3:
-            raise ValueError(f"{name} must be an image of shape (C, H, W), but its shape is {tuple(image.shape)}.")
-    for what, one, other in (
-        ("channels", first.shape[0], second.shape[0]),
-        ("dtype", first.dtype, second.dtype),
-        ("device", first.device, second.device),
-    ):
-        if one != other:
-            raise ValueError(f"first and second must agree in {what}, but first has {one} and second has {other}.")
-    size = canvas_size(first, second)
-    # Half precision and integers are blended in float32, so that the only rounding is the last one.
-    dtype = torch.promote_types(first.dtype, torch.float32)
-    level = torch.tensor(fill, dtype=dtype).reshape(-1, 1, 1).to(first.device, non_blocking=True)
-    canvas = level.expand(first.shape[0], *size).clone()
-    for image, share in ((first, lam), (second, 1 - lam)):
-        covered = canvas[:, : image.shape[1], : image.shape[2]]
-        covered.add_(image.as_subclass(Tensor) if fill == 0 else image.as_subclass(Tensor) - level, alpha=share)
-    if not first.is_floating_point():
-        canvas.round_()
-    return _like(canvas.to(first.dtype), first)
-
-
-def merge_targets(
-    first: Target, second: Target, lam: float, canvas_size: tuple[int, int], *, box_keys: Iterable[str] = BOX_KEYS
-) -> Target:
-    """Join what belongs to each box of two targets and scale the boxes' weights by their image's share.
-
-    ``weights`` of the first are multiplied by ``lam``, those of the second by ``1 - lam``; a target without weights
-    weighs every box 1. ``source`` says which image a box came from: 0 for the first, 1 for the second. Boxes and
-    keypoints keep their pixel coordinates, the second's boxes are converted to the first's format, masks are padded to
-    the canvas. Keys outside ``box_keys`` are the first's, by identity.
-
-    Args:
-        first: Target with ``boxes`` ``(N1, 4)`` in pixels (or any `tv_tensors.BoundingBoxes`) and per-box keys.
-        second: Target with the same per-box keys; ``weights`` and ``source`` may be missing on either side.
-        lam: The share of ``first``, in [0, 1].
-        canvas_size: ``(height, width)`` of the blended image.
-        box_keys: The names of the keys that have one entry per box.
-
-    Returns:
-        A new target, first's boxes before second's, with float32 ``weights`` ``(N1 + N2,)`` and ``lam``.
-
-    Raises:
-        ValueError: if a per-box key is missing on one side or its length is not the number of boxes.
-
-    Example:
-        >>> first = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.tensor([1])}
-        >>> second = {"boxes": torch.tensor([[2.0, 1.0, 6.0, 3.0]]), "labels": torch.tensor([2])}
-        >>> merged = merge_targets(first, second, 0.75, (8, 8))
-        >>> merged["labels"], merged["weights"], merged["source"]
-        (tensor([1, 2]), tensor([0.7500, 0.2500]), tensor([0, 1]))
-    """
-    _check_lam(lam)
-    box_keys = frozenset(box_keys)
-    pair = [
-        _with_weights(target, share, source) for source, (target, share) in enumerate(((first, lam), (second, 1 - lam)))
-    ]
-    lengths = [len(target["boxes"]) for target in pair]
-    merged = dict(pair[0])
-    for key in sorted(box_keys & (pair[0].keys() | pair[1].keys())):
-        for name, target, length in zip(("first", "second"), pair, lengths, strict=True):
-            if key not in target:
-                raise ValueError(
-                    f"{key!r} has one entry per box, but the {name} target has none; it has {sorted(target)}."
-                )
-            if len(target[key]) != length:
-                raise ValueError(f"{key!r} of the {name} target has {len(target[key])} entries for {length} boxes.")
-        merged[key] = _join(key, pair[0][key], pair[1][key], canvas_size)
-    for key in pair[0].keys() & pair[1].keys() - box_keys:
-        _check_is_per_image(key, pair, lengths)
-    return merged | {"lam": lam}
+        Example:
+            >>> Mix.of({"boxes": ..., "partner": 3, "lam": 0.25, "shares": [0.25, 0.75], "placement": None})
+            Mix(partner=3, lam=0.25, shares=(0.25, 0.75), placement=None)
+        """
+        if missing := [field for field in cls._fields if field not in record]:
+            raise ValueError(f"a record of a mix must hold {list(cls._fields)}, but {missing} are missing.")
+        placement = record["placement"]
+        return cls(
+            int(record["partner"]),
+            float(record["lam"]),
+            (float(record["shares"][0]), float(record["shares"][1])),
+            None if placement is None else Placement(*map(float, placement)),
+        )
 
 
 def mixup(
@@ -140,8 +74,11 @@ def mixup(
     second: Sample,
     lam: float,
     *,
+    placement: Placement | None = None,
+    shares: tuple[float, float] | None = None,
+    min_weight: float = 0.0,
     fill: float | Sequence[float] = 0.0,
-    box_keys: Iterable[str] = BOX_KEYS,
+    box_keys: Collection[str] = BOX_KEYS,
 ) -> Sample:
     """Mix two samples: `blend_images` of the images and `merge_targets` of the targets.
 
@@ -149,6 +86,10 @@ def mixup(
         first: ``(image, target)``.
         second: ``(image, target)``.
         lam: The share of ``first``, in [0, 1].
+        placement: Where the second lies on the first's canvas, scaled; see `detmix.placement.place`. Both lie at the
+            top left of a canvas that holds them if ``None``.
+        shares: See `merge_targets`.
+        min_weight: See `merge_targets`.
         fill: See `blend_images`.
         box_keys: See `merge_targets`.
 
@@ -156,7 +97,7 @@ def mixup(
         The mixed ``(image, target)``; the inputs are left alone.
 
     Raises:
-        ValueError: as its two parts, and where a target does not fit its image.
+        ValueError: as its parts, and where a target does not fit its image.
 
     Example:
         >>> target = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 2.0]]), "labels": torch.tensor([1])}
@@ -164,17 +105,136 @@ def mixup(
         >>> image.shape, mixed["weights"]
         (torch.Size([3, 4, 6]), tensor([0.7500, 0.2500]))
     """
+    first, second = ((image, annotated(image, target)) for image, target in (first, second))
     for name, (image, target) in (("the first sample", first), ("the second sample", second)):
-        check_target(target, where=name, device=image.device)
-    mixed = blend_images(first[0], second[0], lam, fill=fill)
-    return mixed, merge_targets(first[1], second[1], lam, canvas_size(first[0], second[0]), box_keys=box_keys)
+        check_target(target, where=name, image=image)
+    second = _placed(first[0], second, placement, fill, box_keys)
+    size = canvas_size(first[0], second[0])
+    merged = merge_targets(first[1], second[1], lam, size, shares=shares, min_weight=min_weight, box_keys=box_keys)
+    return blend_images(first[0], second[0], lam, fill=fill), merged | {"placement": placement}
 
 
-def unmixed(sample: Sample, *, box_keys: Iterable[str] = BOX_KEYS) -> Sample:
+def mixup_batch(
+    images: Tensor | Sequence[Tensor],
+    targets: Sequence[Target],
+    plan: Sequence[Mix],
+    *,
+    pool: Batch | None = None,
+    min_weight: float = 0.0,
+    fill: float | Sequence[float] = 0.0,
+    box_keys: Collection[str] = BOX_KEYS,
+    inplace: bool = False,
+) -> tuple[Tensor | list[Tensor], list[Target]]:
+    """Mix a batch by a plan: the same plan on the same batch gives the same mix, bit for bit.
+
+    Args:
+        images: A batch ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)`` of any sizes.
+        targets: B targets; see `merge_targets`.
+        plan: For each sample what is done to it; ``[Mix.of(target) for target in mixed]`` is the plan that mixed
+            targets record.
+        pool: ``(images, targets)`` that the partners come from, if they do not come from the batch.
+        min_weight: See `merge_targets`.
+        fill: See `blend_images`.
+        box_keys: See `merge_targets`.
+        inplace: Write the mix into ``images``, a batch tensor. The targets are new all the same.
+
+    Returns:
+        Images, a tensor for a tensor and a list for a sequence, and new targets, each with what `merge_targets` writes
+        and ``partner`` and ``placement``.
+
+    Raises:
+        ValueError: if anything does not go together; ``images`` is untouched then, ``inplace`` or not.
+        TypeError: if ``inplace`` is asked for and the images are no batch tensor.
+
+    Example:
+        >>> target = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 2.0]]), "labels": torch.tensor([1])}
+        >>> plan = [Mix(1, 0.75, (0.75, 0.25)), Mix()]
+        >>> images, targets = mixup_batch(torch.ones(2, 3, 4, 4), [target, target], plan)
+        >>> [target["weights"].tolist() for target in targets]
+        [[0.75, 0.25], [1.0]]
+    """
+    if inplace and not isinstance(images, Tensor):
+        raise TypeError(f"inplace needs one batch tensor, but images is a {type(images).__name__}.")
+    samples = _checked(images, targets, "target")
+    if len(plan) != len(images):
+        raise ValueError(f"plan must say what is done to each of {len(images)} images, but has {len(plan)} entries.")
+    others = samples if pool is None else _checked(*pool, "target of the pool,")
+    for i, mix in enumerate(plan):
+        if not -1 <= mix.partner < len(others):
+            raise ValueError(f"partner {i} must be -1 or below the {len(others)} there are, but it is {mix.partner}.")
+    seconds = [
+        None if mix.partner < 0 else _placed(image, others[mix.partner], mix.placement, fill, box_keys)
+        for image, mix in zip(images, plan, strict=True)
+    ]
+    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
+    merged = [
+        (
+            unmixed_target(first[1], canvas_size(first[0], first[0]), **options)
+            if second is None
+            else merge_targets(
+                first[1], second[1], mix.lam, canvas_size(first[0], second[0]), shares=mix.shares, **options
+            )
+        )
+        | {"placement": mix.placement, "partner": mix.partner}
+        for first, second, mix in zip(samples, seconds, plan, strict=True)
+    ]
+    if isinstance(images, Tensor):
+        partners, pool_images = [mix.partner for mix in plan], None if pool is None else pool[0]
+        if any(mix.placement for mix in plan):
+            partners = [-1 if second is None else i for i, second in enumerate(seconds)]
+            pool_images = [
+                image if second is None else second[0] for image, second in zip(images, seconds, strict=True)
+            ]
+        lams = [mix.lam for mix in plan]
+        return blend_batch(images, partners, lams, pool=pool_images, fill=fill, inplace=inplace), merged
+    return [
+        image.clone() if second is None else blend_images(image, second[0], mix.lam, fill=fill)
+        for image, second, mix in zip(images, seconds, plan, strict=True)
+    ], merged
+
+
+def mix_labels(
+    labels: Tensor, plan: Sequence[Mix], *, num_classes: int | None = None, pool: Tensor | None = None
+) -> Tensor:
+    """Mix class labels by a plan: the soft labels of classification [arXiv:1710.09412, sec. 2].
+
+    Args:
+        labels: Classes ``(B,)``, integers from 0, or one-hot or soft labels ``(B, num_classes)``.
+        plan: For each entry what is done to it.
+        num_classes: Needed for integer labels.
+        pool: The labels that the partners come from, if they do not come from the batch.
+
+    Returns:
+        Soft labels ``(B, num_classes)``, floating point: float32 for integers.
+
+    Raises:
+        ValueError: if labels are neither, or a class lies outside 0..num_classes - 1.
+
+    Example:
+        >>> mix_labels(torch.tensor([0, 2]), [Mix(1, 0.75, (0.75, 0.25)), Mix()], num_classes=3)
+        tensor([[0.7500, 0.0000, 0.2500],
+                [0.0000, 0.0000, 1.0000]])
+    """
+    first = _one_hot(labels, num_classes, "labels")
+    others = first if pool is None else _one_hot(pool, num_classes, "labels of the pool")
+    if not len(first) == len(plan):
+        raise ValueError(f"plan must say what is done to each of {len(first)} labels, but has {len(plan)} entries.")
+    if first.shape[1:] != others.shape[1:]:
+        raise ValueError(
+            f"labels and those of the pool must have the same classes, but have {first.shape[1]} and {others.shape[1]}."
+        )
+    shares = torch.tensor([mix.shares for mix in plan], dtype=first.dtype).reshape(-1, 2)
+    rows = torch.tensor([max(mix.partner, 0) for mix in plan], dtype=torch.int64)
+    shares, rows = shares.to(first.device, non_blocking=True), rows.to(first.device, non_blocking=True)
+    return shares[:, :1] * first + (shares[:, 1:] * others[rows] if len(plan) else 0)
+
+
+def unmixed(sample: Sample, *, min_weight: float = 0.0, box_keys: Collection[str] = BOX_KEYS) -> Sample:
     """A copy of a sample with the keys a mixed one has: its weights or 1, source 0, lam 1.
 
     Args:
         sample: ``(image, target)``.
+        min_weight: See `merge_targets`.
         box_keys: See `merge_targets`.
 
     Example:
@@ -183,71 +243,41 @@ def unmixed(sample: Sample, *, box_keys: Iterable[str] = BOX_KEYS) -> Sample:
         (tensor([1.]), tensor([0]), 1.0)
     """
     image, target = sample
-    joined = frozenset(box_keys)
-    target = {k: v.clone() if k in joined and isinstance(v, Tensor) else v for k, v in target.items()}
-    return image.clone(), _with_weights(target, 1.0, 0) | {"lam": 1.0}
+    copy = unmixed_target(target, canvas_size(image, image), min_weight=min_weight, box_keys=box_keys)
+    return image.clone(), copy | {"placement": None}
 
 
-def canvas_size(first: Tensor, second: Tensor) -> tuple[int, int]:
-    """The (height, width) of the smallest canvas that holds both images at its top left."""
-    return max(first.shape[-2], second.shape[-2]), max(first.shape[-1], second.shape[-1])
+def _checked(images: Tensor | Sequence[Tensor], targets: Sequence[Target], where: str) -> list[Sample]:
+    if len(images) == len(targets):
+        targets = [annotated(image, target) for image, target in zip(images, targets, strict=True)]
+    check_batch(images, targets, where=where)
+    return list(zip(images, targets, strict=True))
 
 
-def _check_lam(lam: float) -> None:
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam is the share of the first image and must lie in [0, 1], but it is {lam}.")
+def _placed(
+    image: Tensor,
+    second: Sample,
+    placement: Placement | None,
+    fill: float | Sequence[float],
+    box_keys: Collection[str],
+) -> Sample:
+    if placement is None:
+        return second
+    return place(*second, canvas_size(image, image), placement, fill=fill, box_keys=box_keys)
 
 
-def _with_weights(target: Target, share: float, source: int) -> Target:
-    boxes = target["boxes"]
-    weights = target.get("weights")
-    if weights is None:
-        weights = torch.ones(len(boxes), device=boxes.device)
-    return {
-        **target,
-        "weights": weights.to(torch.float32) * share,
-        "source": torch.full((len(boxes),), source, device=boxes.device),
-    }
-
-
-def _join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
-    if not isinstance(first, Tensor):
-        return [*first, *second]
-    if isinstance(first, tv_tensors.BoundingBoxes) != isinstance(second, tv_tensors.BoundingBoxes):
-        types = f"{type(first).__name__} in the first target and {type(second).__name__} in the second"
+def _one_hot(labels: Tensor, num_classes: int | None, name: str) -> Tensor:
+    if labels.ndim == 2:
+        return labels if labels.is_floating_point() else labels.float()
+    if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
-            f"{key!r} must be of one type, since a plain tensor does not say its box format, but is {types}."
+            f"{name} must be classes (B,), integers, or soft labels (B, num_classes), but are "
+            f"{tuple(labels.shape)} {labels.dtype}."
         )
-    if isinstance(first, tv_tensors.BoundingBoxes) and first.format != second.format:
-        second = TF.convert_bounding_box_format(second, new_format=first.format)
-    is_mask = key == "masks" or isinstance(first, tv_tensors.Mask)
-    pair = [(_pad(part, canvas) if is_mask else part).as_subclass(Tensor) for part in (first, second)]
-    # An empty tensor is often made without thought, torch.tensor([]): it must not decide dtype or shape.
-    parts = [part for part in pair if len(part)] or pair[:1]
-    return _like(torch.cat(parts), first, canvas)
-
-
-def _pad(masks: Tensor, canvas: tuple[int, int]) -> Tensor:
-    height, width = masks.shape[-2:]
-    return F.pad(masks, (0, canvas[1] - width, 0, canvas[0] - height))
-
-
-def _like(value: Tensor, like: Tensor, canvas: tuple[int, int] | None = None) -> Tensor:
-    if not isinstance(like, tv_tensors.TVTensor):
-        return value
-    update = {"canvas_size": canvas} if hasattr(like, "canvas_size") and canvas else {}
-    wrapped: Tensor = tv_tensors.wrap(value, like=like, **update)
-    return wrapped
-
-
-def _check_is_per_image(key: str, pair: Sequence[Target], lengths: Sequence[int]) -> None:
-    # A field of one entry an image has one length; one that follows two different box counts belongs to the boxes.
-    values = [target[key] for target in pair]
-    if lengths[0] != lengths[1] and all(
-        isinstance(value, (Tensor, list)) and getattr(value, "ndim", 1) and len(value) == length
-        for value, length in zip(values, lengths, strict=True)
-    ):
+    if num_classes is None:
+        raise ValueError(f"num_classes must be given to mix integer {name}.")
+    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
         raise ValueError(
-            f"{key!r} has one entry per box in both targets ({lengths[0]} and {lengths[1]}), but it is not among the "
-            f"keys that are joined, so it would go stale: add it to box_keys."
+            f"{name} must lie in 0..{num_classes - 1}, but go from {int(labels.min())} to {int(labels.max())}."
         )
+    return F.one_hot(labels.long(), num_classes).float()

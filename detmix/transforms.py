@@ -1,24 +1,30 @@
 """MixUp: draw who is mixed with whom and how much, then mix."""
 
+import math
+import os
 import random
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils.data import get_worker_info
 
 from detmix import functional
-from detmix.checks import check_batch
-from detmix.functional import BOX_KEYS, Sample, Target
+from detmix.fields import BOX_KEYS
+from detmix.functional import Mix, Placement, Target
+from detmix.pairing import PAIRINGS, Pairing, pair
 
+Range = tuple[float, float]
 
-class MixUpParams(NamedTuple):
-    """What is done to each sample of a batch, drawn before anything is done: plain numbers, to log and to replay."""
+SHARES: dict[str, Callable[[float], Range]] = {
+    "lam": lambda lam: (lam, 1 - lam),
+    "first": lambda lam: (1.0, 0.0),
+    "ones": lambda lam: (1.0, 1.0),
+}
+"""What the weights of the boxes of first and second are multiplied by, by name."""
 
-    partners: list[int]
-    """The index of the sample each one is mixed with; -1 for a sample that is left as it is."""
-    lams: list[float]
-    """Each sample's own share of its mix; 1 for a sample that is left as it is."""
+UNIT = "a share in [0, 1], or (low, high), or a function"
 
 
 class MixUp(nn.Module):
@@ -28,20 +34,54 @@ class MixUp(nn.Module):
     image in ``target["weights"]`` [arXiv:1902.04103, sec. 3.1]. Make the loss heed them with `detmix.weight_losses`.
 
     The module has no parameters, leaves its inputs alone and runs on the device the batch is on; on CUDA it never waits
-    for the device. It mixes whenever it is called, in ``eval()`` too: do not call it on validation data.
+    for the device, but where ``scale``, ``min_weight`` and ``pairing`` say so. It mixes whenever it is called, in
+    ``eval()`` too: do not call it on validation data.
 
     Every target that comes out, mixed or not, holds ``weights`` (float32, one a box), ``source`` (int64, one a box: 0
-    for its own box, 1 for the partner's), ``lam`` (float) and ``partner`` (the index in the batch, -1 if not mixed).
+    for its own box, 1 for the partner's) and the record of its mix: ``partner`` (the index in the batch, -1 if not
+    mixed), ``lam`` and ``shares`` (floats), ``placement`` and ``canvas`` ``(height, width)``.
+    `detmix.functional.mixup_batch` replays it. A second mix multiplies the weights and writes its own record.
+
+    With a tensor of class labels in place of the targets it is the mixup of classification [arXiv:1710.09412], for
+    images or entries of any other shape, and gives soft labels.
+
+    Mix before the images are normalised, and a pixel that only one of two images covers is blended with black, as in
+    the Bag of Freebies; after normalisation ``fill=0`` is the mean colour instead, and black is ``-mean / std`` a
+    channel. torchvision's detectors normalise by themselves, so images in [0, 1] are what they and this want.
 
     Args:
-        alpha: Of the law of the shares, Beta(alpha, alpha). 1.5 is the Bag of Freebies' choice.
+        alpha: Of the law of ``lam``, Beta(alpha, alpha), or ``(a, b)`` for Beta(a, b). 1.5 is the Bag of Freebies'.
         p: The probability that a sample is mixed at all.
-        fill: See `detmix.functional.blend_images`.
+        lam: The law of ``lam`` in place of Beta: a constant, ``(low, high)`` for the uniform one, or a function of a
+            `random.Random`. Draws are rounded to multiples of 2**-24, so that both shares are exact in float32.
+        per_batch: Draw whether to mix, and ``lam``, once a batch instead of once a sample.
+        weights: ``"lam"`` weighs boxes and labels by the shares of the images. ``"first"`` keeps those of first alone,
+            the partner's weigh 0, with ``lam`` from Beta(alpha + 1, alpha) for a number alpha: in expectation the same
+            loss [F. Huszar, "mixup: Data-dependent Data Augmentation", 2017]. ``"ones"`` leaves weights as they are, as
+            YOLOX and mmdetection do.
+        min_weight: Boxes that would weigh less are dropped; the objects are background then. Waits for a CUDA device
+            only if targets come with weights.
+        pairing: ``"rotation"`` of the batch by a random number of places, ``"permutation"``, ``"reversal"``, or for
+            each sample a random one of those that are there (``"random"``), that have boxes (``"with_boxes"``), a class
+            in common (``"same_class"``) or none (``"different_class"``); or a function of ``(targets, pool, rng)``, see
+            `detmix.pairing.Pairing`. Looking at classes waits for a CUDA device: call `make_params` before the
+            transfer, where that counts.
+        scale: Jitter the second image, as YOLOX and RTMDet do: it is scaled by a random factor between these two, as a
+            multiple of the size that just fits, and laid at a random place of the first's canvas; see
+            `detmix.placement.place`. Waits for a CUDA device, as boxes that leave the canvas are dropped.
+        fill: The value of a pixel that an image does not cover: one number, or one a channel.
+        start: The first epoch, counted from 0, that mixes; see `set_epoch`.
+        stop: The first epoch that does not any more; ``None`` mixes to the end.
+        ramp: Over so many epochs from ``start`` the probability rises in equal steps to ``p``.
         box_keys: Names of further target keys with one entry per box, besides `detmix.functional.BOX_KEYS`.
-        generator: Where the draws come from; torch's default CPU generator, so ``torch.manual_seed``, if ``None``.
+        num_classes: Of integer class labels, for classification.
+        inplace: Write the mix into the batch tensor it gets.
+        seed: The draws depend on it, the epoch, the rank and the number of the batch in the epoch, and on nothing else;
+            save and restore that number with ``state_dict``. ``None`` draws from torch's default CPU generator and the
+            rank, so ``torch.manual_seed`` decides.
 
     Raises:
-        ValueError: if alpha is not positive or p is outside [0, 1]; when called, if the batch is inconsistent.
+        ValueError: if an argument is outside its range; when called, if the batch is inconsistent.
 
     Example:
         >>> images = [torch.rand(3, 32, 48), torch.rand(3, 40, 24)]
@@ -56,81 +96,211 @@ class MixUp(nn.Module):
 
     def __init__(
         self,
-        alpha: float = 1.5,
+        alpha: float | Range = 1.5,
         p: float = 1.0,
         *,
+        lam: float | Range | Callable[[random.Random], float] | None = None,
+        per_batch: bool = False,
+        weights: Literal["lam", "first", "ones"] = "lam",
+        min_weight: float = 0.0,
+        pairing: str | Pairing = "rotation",
+        scale: Range | None = None,
         fill: float | Sequence[float] = 0.0,
+        start: int = 0,
+        stop: int | None = None,
+        ramp: int = 0,
         box_keys: Iterable[str] = (),
-        generator: torch.Generator | None = None,
+        num_classes: int | None = None,
+        inplace: bool = False,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"alpha of Beta(alpha, alpha) must be positive and finite, but it is {alpha}.")
-        if not 0 <= p <= 1:
-            raise ValueError(f"p is a probability and must lie in [0, 1], but it is {p}.")
-        self.alpha = alpha
-        self.p = p
-        self.fill = fill
+        self.alpha, self.p, self.lam, self.per_batch = alpha, p, lam, per_batch
+        self.weights, self.min_weight, self.pairing, self.scale, self.fill = weights, min_weight, pairing, scale, fill
+        self.start, self.stop, self.ramp = start, stop, ramp
         self.box_keys = BOX_KEYS | frozenset(box_keys)
-        self.generator = generator
+        self.num_classes, self.inplace, self.seed = num_classes, inplace, seed
+        self._check_arguments()
+        # The epoch and the rank. Workers hold copies of this object; what lies in shared memory reaches them all.
+        self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._drawn = (0, 0)  # an epoch, and the batches drawn in it
+        self.set_epoch(0)
 
-    def make_params(self, batch_size: int) -> MixUpParams:
-        """Draw the plan for a batch: one random rotation of it, so that no sample meets itself, and a share for each.
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next batches belong to, in this process and in workers that are already running.
 
-        A batch of one has no partner to offer and is left as it is.
+        Call it before each epoch, if there is a schedule or a seed.
+        """
+        self._shared[0] = epoch
+        self._shared[1] = _rank()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch, counted from 0."""
+        return int(self._shared[0])
+
+    def probability(self, epoch: int | None = None) -> float:
+        """The probability that a sample is mixed in an epoch: this one, if ``None``.
 
         Example:
-            >>> MixUp(p=0.0).make_params(2)
-            MixUpParams(partners=[-1, -1], lams=[1.0, 1.0])
+            >>> mixup = MixUp(p=0.8, start=1, ramp=2, stop=5)
+            >>> [mixup.probability(epoch) for epoch in range(6)]
+            [0.0, 0.4, 0.8, 0.8, 0.8, 0.0]
         """
-        rng = self.make_rng()
-        shift = rng.randrange(1, batch_size) if batch_size > 1 else 0
-        lams = [self.draw_lam(rng) if shift else 1.0 for _ in range(batch_size)]
-        return MixUpParams([(i + shift) % batch_size if lam < 1 else -1 for i, lam in enumerate(lams)], lams)
+        epoch = self.epoch if epoch is None else epoch
+        if epoch < self.start or (self.stop is not None and epoch >= self.stop):
+            return 0.0
+        return self.p * min(1.0, (epoch - self.start + 1) / max(1, self.ramp))
 
-    def make_rng(self) -> random.Random:
-        """A stream of draws seeded by the generator: on the CPU, the same whatever device the batch is on."""
-        return random.Random(int(torch.randint(2**63 - 1, (), generator=self.generator)))
+    def make_params(self, targets: Sequence[Any] | Tensor, pool: Sequence[Any] | Tensor | None = None) -> list[Mix]:
+        """Draw the plan for a batch: a partner and a share for each sample.
 
-    def draw_lam(self, rng: random.Random) -> float:
-        """One share from Beta(alpha, alpha), or 1 with probability 1 - p."""
-        mixed = rng.random() < self.p
-        lam = rng.betavariate(self.alpha, self.alpha)
-        return lam if mixed else 1.0
+        Args:
+            targets: B targets, or class labels ``(B,)``.
+            pool: The targets of a second pool, where the partners come from that.
+
+        Returns:
+            B plans. A sample that finds no partner is left as it is.
+
+        Example:
+            >>> MixUp(lam=0.75, pairing="reversal").make_params([{}, {}])[0]
+            Mix(partner=1, lam=0.75, shares=(0.75, 0.25), placement=None)
+        """
+        if not isinstance(targets, Tensor) and (wrong := [t for t in targets if not isinstance(t, dict)]):
+            raise TypeError(
+                f"targets must be dicts, or one tensor of class labels, but hold a {type(wrong[0]).__name__}."
+            )
+        worker = get_worker_info()
+        rng = self.make_rng("batch", 0 if worker is None else worker.id, self._count_batch())
+        partners = pair(self.pairing, targets, pool, rng)
+        drawn = [self.draw(rng) for _ in targets]
+        if self.per_batch:
+            drawn = [mix._replace(lam=drawn[0].lam, shares=drawn[0].shares) for mix in drawn]
+        return [
+            Mix() if j < 0 or mix.lam == 1 else mix._replace(partner=j) for j, mix in zip(partners, drawn, strict=True)
+        ]
+
+    def make_rng(self, *key: Any) -> random.Random:
+        """A stream of draws, on the CPU, the same whatever device the batch is on.
+
+        With a seed it depends on that, the epoch, the rank and ``key``; without one, on torch's generator and the rank.
+        """
+        if get_worker_info() is None:
+            self._shared[1] = _rank()
+        epoch, rank = self._shared.tolist()
+        if self.seed is None:
+            return random.Random(f"{int(torch.randint(2**63 - 1, ()))} {rank}")
+        return random.Random(f"{self.seed} {epoch} {rank} {key}")
+
+    def draw(self, rng: random.Random) -> Mix:
+        """One sample's share, and the place of its partner, without saying who that is; ``lam`` is 1 if not mixed."""
+        mixed = rng.random() < self.probability()
+        lam = self._draw_lam(rng)
+        placement = None if self.scale is None else Placement(rng.uniform(*self.scale), rng.random(), rng.random())
+        return Mix(-1, lam, SHARES[self.weights](lam), placement) if mixed else Mix()
 
     def forward(
-        self, images: Tensor | Sequence[Tensor], targets: Sequence[Target], params: MixUpParams | None = None
-    ) -> tuple[Tensor | list[Tensor], list[Target]]:
+        self,
+        images: Tensor | Sequence[Tensor],
+        targets: Sequence[Target] | Tensor,
+        params: Sequence[Mix] | None = None,
+        *,
+        pool: tuple[Any, Any] | None = None,
+    ) -> tuple[Tensor | list[Tensor], list[Target] | Tensor]:
         """Mix a batch.
 
         Args:
             images: A batch ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)`` of any sizes; floating
-                point in any range, or integer.
-            targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and what else belongs to each box.
+                point in any range, or integer. With class labels, a batch ``(B, ...)``.
+            targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and what else belongs to each box; or class
+                labels, integers ``(B,)`` or shares ``(B, num_classes)``.
             params: A plan, to replay; drawn with `make_params` if ``None``.
+            pool: Images and targets that the partners are taken from, such as images without labels and a ``{}`` for
+                each; the batch itself if ``None``.
 
         Returns:
-            New images, a tensor for a tensor and a list for a sequence, and new targets.
+            Images, a tensor for a tensor and a list for a sequence, and new targets, or soft labels.
         """
-        check_batch(images, targets)
-        params = self.make_params(len(images)) if params is None else params
-        samples = list(zip(images, targets, strict=True))
-        mixed = [
-            self.mix(sample, None if j < 0 else samples[j], lam, partner=j)
-            for sample, j, lam in zip(samples, *params, strict=True)
-        ]
-        mixed_images = [image for image, _ in mixed]
-        batch = torch.stack(mixed_images) if isinstance(images, Tensor) and mixed else mixed_images
-        return batch, [target for _, target in mixed]
+        plan = self.make_params(targets, None if pool is None else pool[1]) if params is None else params
+        if not isinstance(targets, Tensor):
+            options: dict[str, Any] = {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}
+            return functional.mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, **options)
+        if not isinstance(images, Tensor) or self.scale is not None:
+            raise TypeError("class labels go with one batch tensor, and with no scale; detection targets are dicts.")
+        entries, labels = (None, None) if pool is None else pool
+        soft = functional.mix_labels(targets, plan, num_classes=self.num_classes, pool=labels)
+        partners, lams = [mix.partner for mix in plan], [mix.lam for mix in plan]
+        return functional.blend_batch(images, partners, lams, pool=entries, fill=self.fill, inplace=self.inplace), soft
 
-    def mix(self, first: Sample, second: Sample | None, lam: float, *, partner: int) -> Sample:
-        """Mix one sample with its partner, or with none, and note which it was."""
-        if second is None:
-            image, target = functional.unmixed(first, box_keys=self.box_keys)
-        else:
-            image, target = functional.mixup(first, second, lam, fill=self.fill, box_keys=self.box_keys)
-        return image, target | {"partner": partner}
+    def get_extra_state(self) -> dict[str, Any]:
+        """Where the draws stand, for ``state_dict``: the epoch and the batches drawn in it."""
+        return {"epoch": self.epoch, "drawn": list(self._drawn)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Go on where ``get_extra_state`` was called."""
+        self.set_epoch(state["epoch"])
+        self._drawn = (state["drawn"][0], state["drawn"][1])
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""
-        return f"alpha={self.alpha}, p={self.p}, fill={self.fill}"
+        law = f"alpha={self.alpha}" if self.lam is None else f"lam={self.lam}"
+        return f"{law}, p={self.p}, weights={self.weights!r}, pairing={self.pairing!r}, fill={self.fill}"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._shared.share_memory_()  # a copy's own, so its workers hear of epochs too
+
+    def _count_batch(self) -> int:
+        epoch, count = self._drawn
+        count = count if epoch == self.epoch else 0
+        self._drawn = (self.epoch, count + 1)
+        return count
+
+    def _draw_lam(self, rng: random.Random) -> float:
+        if callable(self.lam):
+            lam = float(self.lam(rng))
+            if not 0 <= lam <= 1:
+                raise ValueError(f"lam must draw shares in [0, 1], but drew {lam}.")
+        elif self.lam is not None:
+            lam = rng.uniform(*_pair(self.lam))
+        else:
+            more = 1 if self.weights == "first" and not isinstance(self.alpha, Sequence) else 0
+            a, b = _pair(self.alpha)
+            lam = rng.betavariate(a + more, b)
+        return round(lam * 2**24) / 2**24
+
+    def _check_arguments(self) -> None:
+        has_law = self.lam is None or callable(self.lam)
+        scale = (1.0, 1.0) if self.scale is None else self.scale
+        stop = self.start if self.stop is None else self.stop
+        for name, fits, expected in (
+            ("alpha", _is_range(self.alpha, ordered=False) and min(_pair(self.alpha)) > 0, "positive and finite"),
+            ("p", 0 <= self.p <= 1, "a probability, in [0, 1]"),
+            ("lam", has_law or (_is_range(self.lam) and 0 <= min(_pair(self.lam)) <= max(_pair(self.lam)) <= 1), UNIT),
+            ("weights", self.weights in SHARES, f"one of {list(SHARES)}"),
+            ("min_weight", 0 <= self.min_weight <= 1, "in [0, 1]"),
+            ("pairing", callable(self.pairing) or self.pairing in PAIRINGS, f"a function or one of {list(PAIRINGS)}"),
+            ("scale", _is_range(scale) and min(scale) > 0, "(low, high), both positive"),
+            ("start", self.start >= 0, "an epoch, 0 or more"),
+            ("stop", stop >= self.start, f"no epoch before start, {self.start}"),
+            ("ramp", self.ramp >= 0, "a number of epochs, 0 or more"),
+        ):
+            if not fits:
+                raise ValueError(f"{name} must be {expected}, but it is {getattr(self, name)!r}.")
+
+
+def _pair(value: Any) -> Range:
+    return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
+
+
+def _is_range(value: Any, *, ordered: bool = True) -> bool:
+    pair = _pair(value)
+    is_whole = not isinstance(value, Sequence) or len(value) == 2
+    return is_whole and all(map(math.isfinite, pair)) and (not ordered or pair[0] <= pair[1])
+
+
+def _rank() -> int:
+    """The number of this process among those that train together."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank()
+    return int(os.environ.get("RANK", 0))

@@ -1,12 +1,30 @@
 """Small samples that every test can build."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._pytree import tree_flatten
 from torchvision import tv_tensors
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
+]
+
+
+@contextmanager
+def without_waiting(device: str) -> Iterator[None]:
+    """On a CUDA device, make everything that waits for it an error."""
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def make_sample(

@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torchvision import tv_tensors
 
 from detmix.checks import check_batch, check_target
 
-CPU = torch.device("cpu")
+IMAGE = torch.zeros(3, 12, 16)
 
 
 @pytest.mark.parametrize(
@@ -24,12 +25,12 @@ CPU = torch.device("cpu")
 )
 def test_what_is_wrong_with_a_target_is_named(sample, changes, message):
     with pytest.raises(ValueError, match=message):
-        check_target({**sample(2)[1], **changes}, where="target 5", device=CPU, num_classes=4)
+        check_target({**sample(2)[1], **changes}, where="target 5", image=IMAGE, num_classes=4)
 
 
 def test_a_sound_target_passes_with_boxes_and_without(sample):
     for number in (0, 2):
-        check_target(sample(number)[1], where="target 0", device=CPU, num_classes=4)
+        check_target(sample(number)[1], where="target 0", image=IMAGE, num_classes=4)
     check_target({"boxes": torch.tensor([])}, where="target 0")
 
 
@@ -53,6 +54,18 @@ def test_a_batch_names_the_target_by_its_index(sample):
     samples = [other, (image, {**target, "labels": torch.tensor([1])})]
     with pytest.raises(ValueError, match="labels of target 1 "):
         check_batch(*zip(*samples, strict=True))
+
+
+@pytest.mark.parametrize("key", ["boxes", "masks", "keypoints"])
+def test_what_was_made_for_an_image_of_another_size_is_named(sample, key):
+    image, target = sample(2)
+    if key == "keypoints":
+        target[key] = tv_tensors.KeyPoints(target[key][..., :2], canvas_size=(12, 17))
+    other = sample(2, (12, 17))[1][key] if key != "keypoints" else target[key]
+    with pytest.raises(
+        ValueError, match=rf"{key} of target 0 are on a canvas of \(12, 17\), but its image is \(12, 16\)"
+    ):
+        check_target({**target, key: other}, where="target 0", image=image)
 
 
 def test_boxes_and_labels_apart_are_named_without_an_image_too(sample):

@@ -1,170 +1,80 @@
 import copy
-from fractions import Fraction
+import json
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from detmix.functional import blend_images, merge_targets, mixup, unmixed
-from tests.conftest import assert_same
-
-SIZES = [((5, 7), (5, 7)), ((5, 7), (6, 4)), ((3, 8), (6, 9)), ((4, 4), (1, 1))]
-
-
-def exact_blend(first, second, lam, fill):
-    """The real-valued blend, pixel by pixel, in rational numbers."""
-    channels, height, width = first.shape[0], *(max(first.shape[i], second.shape[i]) for i in (1, 2))
-    out = torch.zeros(channels, height, width, dtype=torch.float64)
-    for c in range(channels):
-        for y in range(height):
-            for x in range(width):
-                value = Fraction(0)
-                for image, share in ((first, Fraction(lam)), (second, 1 - Fraction(lam))):
-                    inside = y < image.shape[1] and x < image.shape[2]
-                    value += share * Fraction(image[c, y, x].item() if inside else fill[c])
-                out[c, y, x] = float(value)
-    return out
-
-
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("lam", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("fill", [0, 114, (10, 0, 255)])
-def test_uint8_blend_is_the_exact_one_to_half_a_level(sizes, lam, fill):
-    first, second = (torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in sizes)
-    out = blend_images(first, second, lam, fill=fill)
-    exact = exact_blend(first, second, lam, [fill] * 3 if isinstance(fill, int) else fill)
-    assert out.dtype == torch.uint8
-    assert (out - exact).abs().max() <= 0.5 + 1e-4
-
-
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 2**-8)]
+from detmix.functional import (
+    Mix,
+    Placement,
+    blend_images,
+    mix_labels,
+    mixup,
+    mixup_batch,
+    unmixed,
 )
-def test_float_blend_is_the_exact_one_to_its_rounding(sizes, dtype, tolerance):
-    first, second = (torch.randn(3, *size).to(dtype) for size in sizes)
-    out = blend_images(first, second, 0.3, fill=(0.5, -1.0, 0.0))
-    assert out.dtype == dtype
-    torch.testing.assert_close(
-        out.double(), exact_blend(first, second, 0.3, (0.5, -1, 0)), rtol=tolerance, atol=tolerance
-    )
+from tests.conftest import assert_same, make_sample
 
-
-def test_rounding_has_no_bias():
-    levels = torch.arange(256, dtype=torch.uint8).expand(1, 256, 256)
-    for lam in torch.rand(20).tolist():
-        exact = lam * levels.double() + (1 - lam) * levels.mT.double()
-        assert (blend_images(levels, levels.mT, lam) - exact).mean().abs() < 0.01
-
-
-def test_an_image_blended_with_itself_is_itself():
-    image = torch.randint(0, 256, (3, 9, 9), dtype=torch.uint8)
-    assert torch.equal(blend_images(image, image, 0.37), image)
-
-
-def test_lam_of_one_is_first_and_of_zero_is_second():
-    first, second = torch.rand(3, 4, 6), torch.rand(3, 5, 5)
-    assert torch.equal(blend_images(first, second, 1.0)[:, :4, :6], first)
-    assert torch.equal(blend_images(first, second, 0.0)[:, :5, :5], second)
-
-
-def test_blend_keeps_the_type_of_first_and_carries_gradients():
-    first, second = tv_tensors.Image(torch.rand(3, 4, 4)), torch.rand(3, 4, 4, requires_grad=True)
-    out = blend_images(first, second, 0.25)
-    assert isinstance(out, tv_tensors.Image)
-    blend_images(first.as_subclass(torch.Tensor), second, 0.25).sum().backward()
-    assert torch.equal(second.grad, torch.full((3, 4, 4), 0.75))
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "lam", "message"),
-    [
-        (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), 0.5, "agree in channels, but first has 3 and second has 1"),
-        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8), 0.5, "agree in dtype, .*float32 .*uint8"),
-        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, device="meta"), 0.5, "agree in device, .*cpu .*meta"),
-        (torch.zeros(3, 4, 4), torch.zeros(4, 4), 0.5, r"second must be an image of shape \(C, H, W\).*\(4, 4\)"),
-        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), 1.5, r"lie in \[0, 1\], but it is 1.5"),
-        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), float("nan"), "but it is nan"),
-    ],
+LAMS = st.integers(0, 2**24).map(lambda k: k / 2**24)  # those that MixUp draws
+PER_BOX = ("boxes", "labels", "weights", "source", "masks", "keypoints", "area", "iscrowd")
+SAMPLES = st.builds(
+    make_sample, st.integers(0, 4), st.tuples(st.integers(4, 20), st.integers(4, 20)), st.integers(0, 99)
 )
-def test_images_that_do_not_go_together_are_named(first, second, lam, message):
-    with pytest.raises(ValueError, match=message):
-        blend_images(first, second, lam)
 
 
-def test_every_per_box_key_is_joined_first_before_second(sample):
-    (_, first), (_, second) = sample(2, (12, 16)), sample(3, (14, 10), seed=1)
-    first["names"], second["names"] = ["a", "b"], ["c", "d", "e"]
-    merged = merge_targets(first, second, 0.25, (14, 16), box_keys={*first, "weights", "source"} - {"image_id"})
+@given(first=SAMPLES, second=SAMPLES, lam=LAMS)
+def test_every_per_box_key_of_a_mix_has_one_entry_per_box(first, second, lam):
+    _, target = mixup(first, second, lam)
+    number = len(first[1]["boxes"]) + len(second[1]["boxes"])
+    assert {key: len(target[key]) for key in PER_BOX} == dict.fromkeys(PER_BOX, number)
+
+
+@given(first=SAMPLES, second=SAMPLES, lam=LAMS)
+def test_weights_of_each_source_add_up_to_its_share_of_the_boxes(first, second, lam):
+    target = mixup(first, second, lam)[1]
+    for source, share, sample in ((0, lam, first), (1, 1 - lam, second)):
+        weights = target["weights"][target["source"] == source]
+        assert weights.tolist() == [share] * len(sample[1]["boxes"])
+
+
+@given(first=SAMPLES, second=SAMPLES, lam=LAMS)
+def test_swapping_samples_and_shares_gives_the_same_weight_to_every_box(first, second, lam):
+    (image, one), (swapped, other) = mixup(first, second, lam), mixup(second, first, 1 - lam)
+    assert torch.equal(image, swapped)
+    number = len(first[1]["boxes"])
+    for key in set(PER_BOX) - {"source"}:
+        assert torch.equal(one[key], torch.cat([other[key][len(other[key]) - number :], other[key][: -number or None]]))
+    assert torch.equal(one["source"], 1 - torch.cat([other["source"].flip(0)]))
+
+
+@given(first=SAMPLES, second=SAMPLES)
+def test_at_lam_of_one_first_is_as_it_was_and_second_weighs_nothing(first, second):
+    image, target = mixup(first, second, 1.0)
+    height, width = first[0].shape[-2:]
+    number = len(first[1]["boxes"])
+    assert torch.equal(image[:, :height, :width], first[0])
+    assert int(image.sum()) == int(first[0].sum())
     for key in ("boxes", "labels", "keypoints", "area", "iscrowd"):
-        assert torch.equal(merged[key], torch.cat([torch.as_tensor(first[key]), torch.as_tensor(second[key])])), key
-        assert merged[key].dtype == first[key].dtype
-    assert merged["names"] == ["a", "b", "c", "d", "e"]
-    assert merged["weights"].tolist() == [0.25, 0.25, 0.75, 0.75, 0.75]
-    assert merged["source"].tolist() == [0, 0, 1, 1, 1]
-    assert merged["lam"] == 0.25
-    assert merged["boxes"].canvas_size == (14, 16)
+        assert torch.equal(target[key][:number], first[1][key])
+    assert target["weights"].tolist() == [1.0] * number + [0.0] * len(second[1]["boxes"])
 
 
-def test_masks_are_padded_to_the_canvas(sample):
-    (_, first), (_, second) = sample(1, (4, 6)), sample(2, (5, 3), seed=1)
-    masks = merge_targets(first, second, 0.5, (5, 6))["masks"]
-    assert isinstance(masks, tv_tensors.Mask)
-    assert masks.shape == (3, 5, 6)
-    assert torch.equal(masks[0, :4], first["masks"][0])
-    assert torch.equal(masks[1:, :, :3], second["masks"])
-    assert not masks[0, 4:].any()
-    assert not masks[1:, :, 3:].any()
+@given(first=SAMPLES, second=SAMPLES, a=LAMS, b=LAMS)
+def test_image_and_total_weight_are_linear_in_lam(first, second, a, b):
+    middle = (a + b) / 2
+    first, second = ((image.double(), target) for image, target in (first, second))
+    (at_a, one), (at_b, other), (between, mean) = (mixup(first, second, lam) for lam in (a, b, middle))
+    torch.testing.assert_close(between, (at_a + at_b) / 2)
+    torch.testing.assert_close(mean["weights"], (one["weights"] + other["weights"]) / 2)
 
 
-def test_plain_masks_are_padded_as_tv_tensors_are(sample):
-    (_, first), (_, second) = sample(1, (4, 6)), sample(2, (5, 3), seed=1)
-    expected = merge_targets(first, second, 0.5, (5, 6))["masks"].as_subclass(torch.Tensor)
-    for target in (first, second):
-        target["masks"] = target["masks"].as_subclass(torch.Tensor)
-    assert torch.equal(merge_targets(first, second, 0.5, (5, 6))["masks"], expected)
-
-
-def test_boxes_of_second_are_converted_to_the_format_of_first():
-    xyxy = tv_tensors.BoundingBoxes([[1.0, 2.0, 5.0, 8.0]], format="XYXY", canvas_size=(9, 9))
-    cxcywh = tv_tensors.BoundingBoxes([[3.0, 5.0, 4.0, 6.0]], format="CXCYWH", canvas_size=(7, 9))
-    labels = torch.tensor([1])
-    for first, second in ((xyxy, cxcywh), (cxcywh, xyxy)):
-        merged = merge_targets({"boxes": first, "labels": labels}, {"boxes": second, "labels": labels}, 0.5, (9, 9))
-        assert merged["boxes"].format == first.format
-        assert torch.equal(merged["boxes"].as_subclass(torch.Tensor), first.repeat(2, 1).as_subclass(torch.Tensor))
-        assert merged["boxes"].canvas_size == (9, 9)
-
-
-def test_a_second_mix_multiplies_the_weights(sample):
-    once = mixup(sample(1), sample(1, seed=1), 0.25)
-    twice = mixup(once, sample(1, seed=2), 0.5)[1]
-    assert twice["weights"].tolist() == [0.125, 0.375, 0.5]
-    assert twice["source"].tolist() == [0, 0, 1]
-
-
-@pytest.mark.parametrize(("num_first", "num_second"), [(0, 0), (0, 2), (2, 0)])
-@pytest.mark.parametrize("careless", [False, True])
-def test_empty_targets_keep_dtypes_and_shapes(sample, num_first, num_second, careless):
-    samples = [sample(num_first), sample(num_second, seed=1)]
-    if careless:  # torch.tensor([]), of shape (0,) and float32 whatever the key
-        for _, target in samples:
-            if not len(target["boxes"]):
-                target.update(labels=torch.tensor([]), area=torch.tensor([]))
-    target = mixup(*samples, 0.5)[1]
-    number = num_first + num_second
-    assert target["boxes"].shape == (number, 4)
-    assert target["masks"].shape == (number, 12, 16)
-    assert target["keypoints"].shape == (number, 3, 3)
-    assert all(len(target[key]) == number for key in ("labels", "weights", "source", "area", "iscrowd"))
-    if number or not careless:
-        assert target["labels"].dtype == torch.int64
-
-
-def test_mixing_leaves_its_inputs_alone(sample):
-    first, second = sample(2), sample(3, (9, 20), seed=1)
+@given(first=SAMPLES, second=SAMPLES, lam=LAMS, placed=st.booleans())
+def test_mixing_leaves_its_inputs_alone(first, second, lam, placed):
     kept = copy.deepcopy((first, second))
-    image, target = mixup(first, second, 0.4)
+    image, target = mixup(first, second, lam, placement=Placement(0.7, 0.4, 1.0) if placed else None)
     image.fill_(0)
     for value in target.values():
         if isinstance(value, torch.Tensor):
@@ -172,14 +82,15 @@ def test_mixing_leaves_its_inputs_alone(sample):
     assert_same((first, second), kept)
 
 
-def test_other_keys_are_those_of_first_by_identity(sample):
-    (image, first), second = sample(2), sample(2, seed=1)
-    first["size"] = torch.tensor([12, 16])
-    first["meta"] = {"file": "a.jpg"}
-    target = mixup((image, first), second, 0.5)[1]
-    assert target["size"] is first["size"]
-    assert target["meta"] is first["meta"]
-    assert target["image_id"] == 0
+def test_a_mix_records_what_was_done(sample):
+    first, second = sample(2, (9, 20)), sample(1, (12, 16), seed=1)
+    target = mixup(first, second, 0.25)[1]
+    assert (target["lam"], target["shares"], target["canvas"]) == (0.25, (0.25, 0.75), (12, 20))
+    assert target["placement"] is None
+    assert target["source"].tolist() == [0, 0, 1]
+    placement = Placement(0.5, 0.0, 1.0)
+    target = mixup(first, second, 0.25, placement=placement, shares=(1.0, 1.0))[1]
+    assert (target["canvas"], target["placement"], target["shares"]) == ((9, 20), placement, (1.0, 1.0))
 
 
 def test_unmixed_has_the_keys_of_a_mixed_one(sample):
@@ -187,34 +98,169 @@ def test_unmixed_has_the_keys_of_a_mixed_one(sample):
     assert target.keys() == mixup(sample(2), sample(2), 0.5)[1].keys()
     assert target["weights"].tolist() == [1, 1]
     assert target["source"].tolist() == [0, 0]
-    assert target["lam"] == 1
+    assert (target["lam"], target["canvas"]) == (1, (12, 16))
     assert torch.equal(image, sample(2)[0])
 
 
-def test_a_key_that_only_one_target_has_is_named(sample):
-    (_, first), (_, second) = sample(2), sample(2)
-    del second["masks"]
-    for pair, which in (((first, second), "second"), ((second, first), "first")):
-        with pytest.raises(ValueError, match=f"'masks' has one entry per box, but the {which} target has none"):
-            merge_targets(*pair, 0.5, (12, 16))
+def test_a_target_without_any_entries_is_that_of_an_image_without_annotations(sample):
+    first, bare = sample(2), (torch.zeros(3, 9, 20, dtype=torch.uint8), {"image_id": 7})
+    mixed = mixup(first, bare, 0.25)[1]
+    assert mixed["weights"].tolist() == [0.25, 0.25]
+    assert mixup(bare, first, 0.25)[1]["weights"].tolist() == [0.75, 0.75]
+    target = mixup(bare, bare, 0.25)[1]
+    assert target["image_id"] == 7
+    assert isinstance(target["boxes"], tv_tensors.BoundingBoxes)
+    assert target["boxes"].shape == (0, 4)
+    assert target["labels"].dtype == torch.int64
+    with pytest.raises(ValueError, match=r"the second sample must hold 'boxes', but it holds \['bboxes'\]"):
+        mixup(first, (bare[0], {"bboxes": torch.zeros(1, 4)}), 0.5)
 
 
-def test_a_length_that_disagrees_is_named(sample):
-    (_, first), (_, second) = sample(2), sample(3)
-    second["area"] = second["area"][:2]
-    with pytest.raises(ValueError, match="'area' of the second target has 2 entries for 3 boxes"):
-        merge_targets(first, second, 0.5, (12, 16))
+def batch(counts=(2, 0, 3, 1, 0), sizes=((12, 16), (9, 20), (12, 16), (20, 8), (5, 5))):
+    samples = [make_sample(n, size, i) for i, (n, size) in enumerate(zip(counts, sizes, strict=True))]
+    return [image for image, _ in samples], [target for _, target in samples]
 
 
-def test_a_per_box_key_nobody_declared_is_named(sample):
-    (_, first), (_, second) = sample(2), sample(3)
-    first["angle"], second["angle"] = torch.rand(2), torch.rand(3)
-    with pytest.raises(ValueError, match=r"'angle' has one entry per box .*2 and 3.* add it to box_keys"):
-        merge_targets(first, second, 0.5, (12, 16))
+PLAN = [
+    Mix(1, 0.25, (0.25, 0.75)),
+    Mix(2, 0.5, (1.0, 0.0)),
+    Mix(),
+    Mix(2, 0.75, (0.75, 0.25), Placement(1.25, 0.5, 0.0)),
+    Mix(0, 1.0, (1.0, 0.0)),
+]
 
 
-def test_a_box_type_that_differs_is_named(sample):
-    (_, first), (_, second) = sample(2), sample(3)
-    second["boxes"] = second["boxes"].as_subclass(torch.Tensor)
-    with pytest.raises(ValueError, match=r"'boxes' must be of one type.*BoundingBoxes in the first target and Tensor"):
-        merge_targets(first, second, 0.5, (12, 16))
+def test_a_batch_is_mixed_sample_by_sample_as_planned():
+    images, targets = batch()
+    out, out_targets = mixup_batch(images, targets, PLAN, fill=3)
+    for i, mix in enumerate(PLAN):
+        first = images[i], targets[i]
+        if mix.partner < 0:
+            expected = unmixed(first)
+        else:
+            second = images[mix.partner], targets[mix.partner]
+            expected = mixup(first, second, mix.lam, shares=mix.shares, placement=mix.placement, fill=3)
+        assert_same((out[i], out_targets[i]), (expected[0], expected[1] | {"partner": mix.partner}))
+
+
+def test_what_mixed_targets_record_replays_bit_for_bit_even_from_json():
+    images, targets = batch()
+    mixed = mixup_batch(images, targets, PLAN)
+    assert [Mix.of(target) for target in mixed[1]] == PLAN
+    stored = json.loads(json.dumps([{field: target[field] for field in Mix._fields} for target in mixed[1]]))
+    assert_same(mixup_batch(images, targets, [Mix.of(record) for record in stored]), mixed)
+    with pytest.raises(ValueError, match=r"must hold \['partner', .*\], but \['lam', 'placement'\] are missing"):
+        Mix.of({"partner": 1, "shares": [1, 0]})
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+def test_a_batch_tensor_mixes_as_a_list_does(inplace, placed):
+    images, targets = batch(sizes=[(12, 16)] * 5)
+    plan = PLAN if placed else [mix._replace(placement=None) for mix in PLAN]
+    plan = [mix._replace(partner=(i + 2) % 5) for i, mix in enumerate(plan)]
+    listed, listed_targets = mixup_batch(images, targets, plan, fill=3)
+    stacked = torch.stack([image.as_subclass(torch.Tensor) for image in images])
+    kept = stacked.clone()
+    out, out_targets = mixup_batch(stacked, targets, plan, fill=3, inplace=inplace)
+    assert torch.equal(out, torch.stack(listed))
+    assert_same(out_targets, listed_targets)
+    assert (out is stacked) == inplace
+    assert inplace or torch.equal(stacked, kept)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("placed", [False, True])
+def test_partners_can_come_from_a_second_pool(stacked, placed):
+    images, targets = batch((2, 1), [(12, 16), (12, 16)])
+    pool = [make_sample(1, (9, 14), seed=7)[0], make_sample(0, (12, 10), seed=8)[0]]
+    placement = Placement(0.8, 1.0, 0.0) if placed else None
+    plan = [Mix(1, 0.25, (0.25, 0.75), placement), Mix(0, 0.5, (0.5, 0.5), placement)]
+    first = torch.stack(images) if stacked else images
+    out, out_targets = mixup_batch(first, targets, plan, pool=(pool, [{}, {"image_id": 3}]))
+    for i, (mix, image, target) in enumerate(zip(plan, images, targets, strict=True)):
+        expected = mixup((image, target), (pool[mix.partner], {}), mix.lam, placement=placement)
+        assert torch.equal(out[i], expected[0])
+        assert_same(out_targets[i], expected[1] | {"partner": mix.partner})
+        assert out_targets[i]["weights"].tolist() == [mix.lam] * len(target["boxes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda i, t, p: (i[:4], t, p),
+            "images and targets must be of one length, but there are 4 images and 5 targets",
+        ),
+        (lambda i, t, p: (i, t, p[:4]), "plan must say what is done to each of 5 images, but has 4 entries"),
+        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner 0 must be -1 or below the 5 there are, but it is 5"),
+        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner 0 .* it is -2"),
+        (lambda i, t, p: (i, t, [Mix(1, 1.5), *p[1:]]), r"lie in \[0, 1\], but it is 1.5"),
+        (
+            lambda i, t, p: (i, [*t[:4], {"boxes": torch.full((1, 4), float("inf"))}], p),
+            "box 0 of target 4 must be fin",
+        ),
+        (lambda i, t, p: (i, [*t[:4], {"boxes": torch.ones(2, 4), "labels": torch.ones(1)}], p), "labels of target 4"),
+        (lambda i, t, p: (i, [{**t[0], "area": torch.ones(1)}, *t[1:]], p), "'area' of the first target has 1 entries"),
+    ],
+)
+def test_a_batch_that_does_not_go_together_loses_nothing(change, message):
+    images, targets = batch(sizes=[(12, 16)] * 5)
+    images, targets, plan = change(torch.stack(images).float(), targets, PLAN)
+    kept = copy.deepcopy((images, targets))
+    with pytest.raises(ValueError, match=message):
+        mixup_batch(images, targets, plan, inplace=True)
+    assert_same((images, targets), kept)
+
+
+def test_a_pool_that_is_wrong_is_named_as_such():
+    images, targets = batch()
+    with pytest.raises(ValueError, match=r"label.* of target of the pool, 0 must have one entry"):
+        mixup_batch(images, targets, PLAN, pool=(images[:1], [{"boxes": torch.ones(2, 4), "labels": torch.ones(1)}]))
+    with pytest.raises(TypeError, match="inplace needs one batch tensor, but images is a list"):
+        mixup_batch(images, targets, PLAN, inplace=True)
+
+
+@given(lam=LAMS, partner=st.integers(-1, 2))
+def test_integer_and_one_hot_labels_mix_to_the_same_shares(lam, partner):
+    labels = torch.tensor([2, 0, 3])
+    plan = [Mix(), Mix(partner, lam, (lam, 1 - lam)) if partner >= 0 else Mix(), Mix()]
+    soft = mix_labels(labels, plan, num_classes=4)
+    expected = [[0.0] * 4 for _ in range(3)]
+    expected[0][2] = expected[2][3] = 1.0
+    expected[1][0] += lam if partner >= 0 else 1.0
+    if partner >= 0:
+        expected[1][int(labels[partner])] += 1 - lam
+    assert soft.tolist() == expected
+    one_hot = torch.nn.functional.one_hot(labels, 4)
+    assert torch.equal(mix_labels(one_hot, plan), soft)
+    assert mix_labels(one_hot.double(), plan).dtype == torch.float64
+
+
+def test_labels_of_a_pool_are_mixed_in():
+    plan = [Mix(2, 0.75, (0.75, 0.25))]
+    soft = mix_labels(torch.tensor([1]), plan, num_classes=3, pool=torch.tensor([0, 0, 2]))
+    assert soft.tolist() == [[0.0, 0.75, 0.25]]
+    assert mix_labels(torch.zeros(0, dtype=torch.int64), [], num_classes=3).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (torch.tensor([0, 1]), {}, "num_classes must be given to mix integer labels"),
+        (torch.tensor([0, 4]), {"num_classes": 4}, r"labels must lie in 0..3, but go from 0 to 4"),
+        (torch.tensor([-1, 3]), {"num_classes": 4}, r"but go from -1 to 3"),
+        (torch.tensor([0.5, 1.0]), {"num_classes": 4}, r"integers, or soft labels \(B, num_classes\), but are \(2,\)"),
+        (torch.zeros(2, 3, 4), {}, r"but are \(2, 3, 4\) torch.float32"),
+        (torch.zeros(3, 4), {}, "plan must say what is done to each of 3 labels, but has 2 entries"),
+        (torch.zeros(2, 4), {"pool": torch.zeros(2, 5)}, "must have the same classes, but have 4 and 5"),
+    ],
+)
+def test_labels_that_cannot_be_mixed_are_named(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        mix_labels(labels, [Mix(1, 0.5, (0.5, 0.5)), Mix()], **options)
+
+
+def test_blends_are_those_of_the_images(sample):
+    first, second = sample(1), sample(2, (9, 20), seed=1)
+    assert torch.equal(mixup(first, second, 0.3, fill=5)[0], blend_images(first[0], second[0], 0.3, fill=5))

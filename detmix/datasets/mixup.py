@@ -1,61 +1,89 @@
 """MixUpDataset: mix each sample of a dataset with a random other one of it."""
 
 import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.functional import Sample
+from detmix.checks import check_target
+from detmix.functional import Mix, Sample, Target
+from detmix.pairing import CONDITIONS
+from detmix.targets import annotated
 from detmix.transforms import MixUp
+
+TRIES = 16
+"""How many partners are loaded at most to find one that meets a condition."""
 
 
 class MixUpDataset(Dataset[Sample]):
     """Mix each sample of a map-style detection dataset with a random other one, wherever it stands in the dataset.
 
-    For training loops of one's own. It loads two samples for each one it gives; `MixUp` on the batch loads one.
+    For training loops of one's own. It loads two samples for each one that it mixes; `MixUp` on the batch loads one. A
+    set without a length, such as a stream, cannot offer partners: mix its batches.
 
-    Without a seed the draws follow torch's generator, which a `DataLoader` seeds anew in each worker and epoch. With a
-    seed they depend on (seed, epoch, index) alone, so they are the same for any number of workers; call `set_epoch`
-    before each epoch then, as for a `DistributedSampler`, or every epoch repeats the first. The epoch lies in shared
-    memory, so it reaches workers that are already running (``persistent_workers=True``).
+    Without a seed the draws follow torch's generator, which a `DataLoader` seeds anew in each worker and epoch. With
+    ``MixUp(seed=...)`` they depend on the seed, the epoch, the rank and the index alone, so they are the same for any
+    number of workers; call `set_epoch` before each epoch then, as for a `DistributedSampler`, or every epoch repeats
+    the first. A schedule (``start``, ``stop``, ``ramp``) needs it too. The epoch lies in shared memory, so it reaches
+    workers that are already running (``persistent_workers=True``).
 
     Args:
         dataset: Gives ``(image, target)`` for an index: a tensor ``(C, H, W)``, a PIL image or a numpy array
-            ``(H, W, C)``, and a dict with ``boxes``. Wrap torchvision's own datasets with
-            ``wrap_dataset_for_transforms_v2`` first.
-        mixup: How to mix; ``MixUp()`` if ``None``.
-        seed: See above.
+            ``(H, W, C)``, and a dict with ``boxes``. torchvision's CocoDetection, VOCDetection, Kitti, WIDERFace and
+            CelebA do under ``wrap_dataset_for_transforms_v2``; where they name their boxes otherwise, or give none for
+            an image without annotations, the key is ``boxes`` here.
+        mixup: How to mix; ``MixUp()`` if ``None``. Its ``pairing`` may be a condition (``"with_boxes"``,
+            ``"same_class"``, ``"different_class"``): up to 16 partners are loaded then until one meets it, and the
+            sample is left as it is if none does.
+        pool: Another dataset that the partners come from, such as one without labels (targets ``{}`` or ``None``).
+        partner: A function of ``(index, rng)`` that chooses the partner's index, or -1 for none, such as one of the
+            nearest neighbours; any other sample if ``None``.
 
     Raises:
-        TypeError: if the dataset has no length, or a sample is not an ``(image, target)`` pair with boxes.
+        TypeError: if a dataset has no length, or a sample is not an ``(image, target)`` pair with boxes.
+        ValueError: if ``mixup`` pairs a batch as a whole, or ``partner`` chooses a sample that there is not or itself.
 
     Example:
+        >>> import torch
         >>> box = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.tensor([1])}
-        >>> dataset = MixUpDataset([(torch.rand(3, 8, 8), box), (torch.rand(3, 6, 9), box)], seed=0)
+        >>> dataset = MixUpDataset([(torch.rand(3, 8, 8), box), (torch.rand(3, 6, 9), box)], MixUp(seed=0))
         >>> image, target = dataset[0]
         >>> image.shape, target["partner"], float(target["weights"].sum())
         (torch.Size([3, 8, 9]), 1, 1.0)
     """
 
-    def __init__(self, dataset: Any, mixup: MixUp | None = None, *, seed: int | None = None) -> None:
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise TypeError(
-                f"dataset must have a length and give samples by index, but {type(dataset).__name__} does not."
-            )
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: Any,
+        mixup: MixUp | None = None,
+        *,
+        pool: Any = None,
+        partner: Callable[[int, random.Random], int] | None = None,
+    ) -> None:
+        for name, source in (("dataset", dataset), ("pool", dataset if pool is None else pool)):
+            if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
+                raise TypeError(
+                    f"{name} must have a length and give samples by index, but {type(source).__name__} does not; mix "
+                    f"the batches of a stream with MixUp."
+                )
+        self.dataset, self.pool, self.partner = dataset, pool, partner
         self.mixup = MixUp() if mixup is None else mixup
-        self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        if self.mixup.pairing not in ("rotation", *CONDITIONS):
+            raise ValueError(
+                f"pairing must be one of {['rotation', *CONDITIONS]} for single samples, but it is "
+                f"{self.mixup.pairing!r}, which pairs a batch; give a function as partner."
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch the next draws are for, in this process and in running workers."""
-        self._epoch.fill_(epoch)
+        self.mixup.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``, mixed with another; the keys it gains are those `MixUp` describes."""
@@ -63,19 +91,71 @@ class MixUpDataset(Dataset[Sample]):
         if not -size <= index < size:
             raise IndexError(f"index {index} is outside a dataset of {size} samples.")
         index %= size
-        rng = self.mixup.make_rng() if self.seed is None else random.Random(f"{self.seed} {int(self._epoch)} {index}")
-        lam = self.mixup.draw_lam(rng) if size > 1 else 1.0
-        if lam == 1:
-            return self.mixup.mix(self._load(index), None, 1.0, partner=-1)
-        partner = (index + rng.randrange(1, size)) % size
-        return self.mixup.mix(self._load(index), self._load(partner), lam, partner=partner)
+        rng = self.mixup.make_rng("sample", index)
+        mix = self.mixup.draw(rng)
+        first = _load(self.dataset, index)
+        j, second = (-1, None) if mix.lam == 1 else self._partner(index, first[1], rng)
+        if second is None:
+            (image,), (target,) = self.mixup([first[0]], [first[1]], [Mix()])
+        else:
+            pool = [second[0]], [second[1]]
+            (image,), (target,) = self.mixup([first[0]], [first[1]], [mix._replace(partner=0)], pool=pool)
+        return image, target | {"partner": j}
 
-    def _load(self, index: int) -> Sample:
-        sample = self.dataset[index]
-        if not (isinstance(sample, tuple | list) and len(sample) == 2 and isinstance(sample[1], dict)):
-            raise TypeError(
-                f"sample {index} of {type(self.dataset).__name__} must be an (image, target) pair, target a dict, "
-                f"but it is a {type(sample).__name__}; wrap torchvision's datasets with wrap_dataset_for_transforms_v2."
-            )
-        image, target = sample
-        return image if isinstance(image, Tensor) else TF.to_image(image), target
+    def _partner(self, index: int, target: Target, rng: random.Random) -> tuple[int, Sample | None]:
+        pool = self.dataset if self.pool is None else self.pool
+        look, fits = CONDITIONS.get(str(self.mixup.pairing), CONDITIONS["random"])
+        for j in self._candidates(index, len(pool), rng):
+            second = _load(pool, j)
+            if fits(look(target), look(second[1])):
+                return j, second
+        return -1, None
+
+    def _candidates(self, index: int, size: int, rng: random.Random) -> Iterator[int]:
+        is_own = self.pool is None
+        if self.partner is None:
+            others = range(index + 1, index + size) if is_own else range(size)
+            yield from (j % size for j in rng.sample(others, min(TRIES, len(others))))
+            return
+        for _ in range(TRIES):
+            j = int(self.partner(index, rng))
+            if not -1 <= j < size or (is_own and j == index):
+                raise ValueError(
+                    f"partner must choose -1 or another of {size} samples, but chose {j} for sample {index}."
+                )
+            if j < 0:
+                return
+            yield j
+
+
+def _load(dataset: Any, index: int) -> Sample:
+    sample, name = dataset[index], type(dataset).__name__
+    if not (isinstance(sample, tuple | list) and len(sample) == 2):
+        raise TypeError(
+            f"sample {index} of {name} must be an (image, target) pair, but it is a {type(sample).__name__}; wrap "
+            f"torchvision's datasets with wrap_dataset_for_transforms_v2."
+        )
+    image = sample[0] if isinstance(sample[0], Tensor) else TF.to_image(sample[0])
+    target = _as_target(sample[1], getattr(dataset, "target_type", ()))
+    if not isinstance(target, dict):
+        raise TypeError(
+            f"the target of sample {index} of {name} must be a dict with 'boxes', but it is a {type(target).__name__}; "
+            f"wrap torchvision's datasets with wrap_dataset_for_transforms_v2."
+        )
+    target = annotated(image, target)
+    check_target(target, where=f"sample {index} of {name}", image=image)
+    return image, target
+
+
+def _as_target(target: Any, names: Any) -> Any:
+    # torchvision's wrapper gives None where a split has no annotations, and CelebA's the values of target_type alone.
+    if target is None:
+        return {}
+    if isinstance(target, tv_tensors.BoundingBoxes):
+        return {"boxes": target}
+    if isinstance(target, tuple) and not isinstance(names, str) and len(target) == len(names):
+        target = dict(zip(names, target, strict=True))
+    if isinstance(target, dict) and "boxes" not in target:
+        boxes = [key for key, value in target.items() if isinstance(value, tv_tensors.BoundingBoxes)]
+        return {"boxes" if [key] == boxes else key: value for key, value in target.items()}
+    return target

@@ -38,9 +38,7 @@ class DetectionData(L.LightningDataModule):
         augment: Albumentations transforms for training. The detector resizes images itself (``model.options``), and
             validation images reach it as they are, so that AP is measured in the pixels of the annotations.
         min_visibility: A box of which augmentation leaves a smaller share inside the image is dropped.
-        mixup: How to mix; null trains on unmixed images.
-        mixup_start: The first epoch, counted from 0, with mixed images.
-        mixup_stop: The first epoch, counted from 0, without them again; null mixes to the end.
+        mixup: How and in which epochs to mix; null trains on unmixed images.
 
     Raises:
         FileNotFoundError, ValueError: if root does not hold a sound COCO-format dataset; see `CocoFolder`.
@@ -58,21 +56,14 @@ class DetectionData(L.LightningDataModule):
         augment: Sequence[A.BasicTransform] = (),
         min_visibility: float = 0.1,
         mixup: MixUp | None = None,
-        mixup_start: int = 0,
-        mixup_stop: int | None = None,
     ) -> None:
         super().__init__()
-        if mixup_stop is not None and mixup_stop < mixup_start:
-            raise ValueError(
-                f"mixup_stop must not lie before mixup_start, but is {mixup_stop} with start {mixup_start}."
-            )
         self.root = root
         self.splits = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.augment = AlbumentationsTransform(augment, min_visibility=min_visibility) if augment else None
         self.mixup = mixup
-        self.mixup_start, self.mixup_stop = mixup_start, mixup_stop
 
     @cached_property
     def train_set(self) -> CocoFolder:
@@ -137,13 +128,10 @@ class DetectionData(L.LightningDataModule):
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mix a training batch on its device, then make the images float32 in [0, 1]."""
         images, targets = batch
-        if self.mixup and self.trainer and self.trainer.training and self.is_mixing(self.trainer.current_epoch):
+        if self.mixup and self.trainer and self.trainer.training:
+            self.mixup.set_epoch(self.trainer.current_epoch)
             images, targets = self.mixup(images, targets)
         return [TF.to_dtype(image, torch.float32, scale=True) for image in images], targets
-
-    def is_mixing(self, epoch: int) -> bool:
-        """Whether training images are mixed in this epoch, counted from 0."""
-        return self.mixup_start <= epoch and (self.mixup_stop is None or epoch < self.mixup_stop)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

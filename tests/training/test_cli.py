@@ -18,7 +18,7 @@ from detmix.training.module import COCO_FIGURES, DetectorModule
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DEMO = next(config for config in CONFIGS if config.stem == "demo")
 SMALL = '--model.fpn_channels 32 --model.options {"min_size":64,"max_size":64} --data.batch_size 4 --data.num_workers 0'
-QUICK = "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.log_every_n_steps 1 --data.mixup_stop 1"
+QUICK = "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.log_every_n_steps 1 --data.mixup.stop 1"
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE),
@@ -141,7 +141,7 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--model.detector yolo", "detector must be one of .*, but it is 'yolo'"),
         ("--data.root nowhere", "root nowhere is not a folder"),
         ("--data.train_annotations none.json", "none.json is missing; json files there: .*instances_train.json"),
-        ("--data.mixup_start 9", "mixup_stop must not lie before mixup_start, but is 4 with start 9"),
+        ("--data.mixup.start 9", "stop must be no epoch before start, 9, but it is 4"),
         ("--model.lr fast", "Expected a <class 'float'>. Got value: fast"),
         ("--model.learning_rate 1", "unrecognized arguments: --model.learning_rate"),
     ],
@@ -163,9 +163,8 @@ def test_every_config_is_read_and_names_a_detector_that_can_be_built(config, mon
     names = ("detector", "backbone", "fpn_channels", "options")
     built = {name: model[name] for name in names if name != "detector"}
     build_detector(model["detector"], 4, **built)
-    if data["mixup_stop"] is not None:
-        assert data["mixup"]["class_path"] == "detmix.MixUp"
-        assert 0.6 < data["mixup_stop"] / settings["trainer"]["max_epochs"] < 1
+    assert data["mixup"]["class_path"] == "detmix.MixUp"
+    assert 0.6 < data["mixup"]["init_args"]["stop"] / settings["trainer"]["max_epochs"] < 1
 
 
 def test_help_describes_every_option(monkeypatch, capsys):
@@ -177,12 +176,12 @@ def test_help_describes_every_option(monkeypatch, capsys):
         "--model.lr",
         "--model.detector",
         "--data.root",
-        "--data.mixup_stop",
+        "--data.mixup",
         "--run_dir",
         "--checkpoint.monitor",
     ):
         assert option in text
-    assert "How to mix; null trains on unmixed images" in text
+    assert "How and in which epochs to mix; null trains on unmixed images" in " ".join(text.split())
 
 
 def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):

@@ -1,0 +1,121 @@
+"""What belongs to each box of a target: which keys do, and how their values are joined, chosen and made empty."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as TF
+
+BOX_KEYS = frozenset(
+    (
+        *("boxes", "labels", "weights", "source"),
+        *("masks", "keypoints", "area", "iscrowd"),  # what torchvision's detectors and COCO evaluation read
+        *("bbox", "category_id", "id", "segmentation", "num_keypoints"),  # COCO's own, by torchvision's CocoDetection
+        *("difficult", "truncated", "occluded"),  # VOC's and KITTI's
+        *("type", "alpha", "dimensions", "location", "rotation_y"),  # KITTI's
+        *("blur", "expression", "illumination", "occlusion", "pose", "invalid"),  # WIDER FACE's
+    )
+)
+"""Target keys that hold one entry per box: joined by a mix. Every other key is the first sample's."""
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value has entries at all; a number, a string or a tensor without dimensions belongs to the image."""
+    return value.ndim > 0 if isinstance(value, Tensor | np.ndarray) else isinstance(value, list | tuple)
+
+
+def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS) -> set[str]:
+    """The keys of a target that have one entry per box: those with entries among ``box_keys``.
+
+    Example:
+        >>> sorted(keys_per_box({"boxes": torch.zeros(1, 4), "labels": torch.ones(1), "id": 17, "size": [8, 8]}))
+        ['boxes', 'labels']
+    """
+    return {key for key, value in target.items() if key in box_keys and is_list(value)}
+
+
+def take(value: Any, rows: Tensor) -> Any:
+    """The entries of a per-box value at ``rows`` (int64), as the same type.
+
+    Example:
+        >>> take(["a", "b", "c"], torch.tensor([2, 0]))
+        ['c', 'a']
+    """
+    if isinstance(value, Tensor):
+        return like(value.as_subclass(Tensor)[rows], value)
+    if isinstance(value, np.ndarray):
+        return value[rows.numpy()]
+    return type(value)(value[row] for row in rows.tolist())
+
+
+def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None) -> Tensor:
+    """A plain tensor as the type of another, `tv_tensors` included, on a new canvas if there is one."""
+    if not isinstance(template, tv_tensors.TVTensor):
+        return value
+    update = {"canvas_size": canvas} if hasattr(template, "canvas_size") and canvas else {}
+    wrapped: Tensor = tv_tensors.wrap(value, like=template, **update)
+    return wrapped
+
+
+def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
+    """Put the entries of second behind those of first, as first's type and format, masks padded to the canvas.
+
+    Raises:
+        ValueError: naming the key, if the two cannot be one value.
+    """
+    if not isinstance(first, Tensor) and not isinstance(second, Tensor):
+        return np.concatenate([first, second]) if isinstance(first, np.ndarray) else [*first, *second]
+    tensor = first if isinstance(first, Tensor) else second
+    pair = [part if isinstance(part, Tensor) else torch.as_tensor(part).to(tensor.device) for part in (first, second)]
+    first, second = pair
+    if first.device != second.device:
+        raise ValueError(
+            f"{key!r} must be on one device, but is on {first.device} in the first target and on {second.device} in "
+            f"the second."
+        )
+    # An empty tensor is often made without thought, torch.tensor([]): it must not decide type, dtype or shape.
+    template = first if len(first) or not len(second) else second
+    if isinstance(first, tv_tensors.BoundingBoxes) and isinstance(second, tv_tensors.BoundingBoxes):
+        template, second = first, _convert(key, first, second)
+    elif len(first) and len(second) and any(isinstance(part, tv_tensors.BoundingBoxes) for part in pair):
+        types = f"{type(first).__name__} in the first target and {type(second).__name__} in the second"
+        raise ValueError(
+            f"{key!r} must be of one type, since a plain tensor does not say its box format, but is {types}."
+        )
+    parts = [
+        _pad(key, part, canvas) if key == "masks" or isinstance(part, tv_tensors.Mask) else part.as_subclass(Tensor)
+        for part in (first, second)
+    ]
+    full = [part for part in parts if len(part)] or parts[:1]
+    if full[0].shape[1:] != full[-1].shape[1:]:
+        raise ValueError(
+            f"{key!r} must have entries of one shape, but they have shape {tuple(full[0].shape[1:])} in the first "
+            f"target and {tuple(full[-1].shape[1:])} in the second."
+        )
+    return like(torch.cat(full), template, canvas)
+
+
+def _convert(key: str, first: Any, second: Any) -> Any:
+    if first.format == second.format:
+        return second
+    rotated = [tv_tensors.is_rotated_bounding_format(part.format) for part in (first, second)]
+    if rotated[0] != rotated[1]:
+        raise ValueError(
+            f"{key!r} must be rotated in both targets or in neither, but the format is {first.format.value} in the "
+            f"first and {second.format.value} in the second."
+        )
+    # Whole numbers would lose half a pixel where corners become a centre.
+    second = tv_tensors.wrap(second.as_subclass(Tensor).to(torch.promote_types(first.dtype, second.dtype)), like=second)
+    return TF.convert_bounding_box_format(second, new_format=first.format)
+
+
+def _pad(key: str, masks: Tensor, canvas: tuple[int, int]) -> Tensor:
+    height, width = masks.shape[-2:]
+    if height > canvas[0] or width > canvas[1]:
+        raise ValueError(f"{key!r} must fit on the canvas of {canvas}, but is of size {(height, width)}.")
+    padded: Tensor = F.pad(masks.as_subclass(Tensor), (0, canvas[1] - width, 0, canvas[0] - height))
+    return padded

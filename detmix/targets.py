@@ -1,0 +1,177 @@
+"""Join the targets of two images: what belongs to each box is kept, and weighted by the share of its image."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from detmix.blend import check_lam
+from detmix.fields import BOX_KEYS, is_list, join, keys_per_box, take
+
+Target = dict[str, Any]
+
+
+def merge_targets(
+    first: Target,
+    second: Target,
+    lam: float,
+    canvas_size: tuple[int, int],
+    *,
+    shares: tuple[float, float] | None = None,
+    min_weight: float = 0.0,
+    box_keys: Collection[str] = BOX_KEYS,
+) -> Target:
+    """Join what belongs to each box of two targets and scale the boxes' weights by their image's share.
+
+    ``weights`` of the first are multiplied by ``lam``, those of the second by ``1 - lam``; a target without weights
+    weighs every box 1. ``source`` says which image a box came from: 0 for the first, 1 for the second. Boxes and
+    keypoints keep their pixel coordinates, the second's boxes are converted to the first's format, masks are padded to
+    the canvas. Keys outside ``box_keys`` are the first's, by identity, and so is a value without entries, such as a
+    number, whatever its key. A target with no boxes need not have the other's keys.
+
+    Args:
+        first: Target with ``boxes`` ``(N1, 4)`` in pixels (or any `tv_tensors.BoundingBoxes`, rotated ones included)
+            and per-box keys: tensors, arrays or lists.
+        second: Target with the same per-box keys; ``weights`` and ``source`` may be missing on either side.
+        lam: The share of ``first``, in [0, 1].
+        canvas_size: ``(height, width)`` of the blended image.
+        shares: What the weights of the first's and the second's boxes are multiplied by; ``(lam, 1 - lam)`` if
+            ``None``.
+        min_weight: Boxes that would weigh less are dropped. On CUDA that waits for the device if a target comes with
+            weights of its own.
+        box_keys: The names of the keys that have one entry per box.
+
+    Returns:
+        A new target, first's boxes before second's, with float32 ``weights`` ``(N1 + N2,)``, int64 ``source``,
+        and ``lam``, ``shares`` and ``canvas``.
+
+    Raises:
+        ValueError: if a per-box key is missing on one side, its length is not the number of boxes, or its values cannot
+            be one.
+
+    Example:
+        >>> first = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.tensor([1])}
+        >>> second = {"boxes": torch.tensor([[2.0, 1.0, 6.0, 3.0]]), "labels": torch.tensor([2])}
+        >>> merged = merge_targets(first, second, 0.75, (8, 8))
+        >>> merged["labels"], merged["weights"], merged["source"]
+        (tensor([1, 2]), tensor([0.7500, 0.2500]), tensor([0, 1]))
+    """
+    check_lam(lam)
+    shares = (lam, 1 - lam) if shares is None else shares
+    box_keys = {*box_keys, "weights", "source"}
+    pair = [
+        _with_weights(target, shares[source], source, min_weight, box_keys)
+        for source, target in enumerate(_completed(first, second, box_keys))
+    ]
+    lengths = [len(target["boxes"]) for target in pair]
+    keys = [keys_per_box(target, box_keys) for target in pair]
+    merged = dict(pair[0])
+    for key in sorted(keys[0] | keys[1]):
+        for name, target, has, length in zip(("first", "second"), pair, keys, lengths, strict=True):
+            if key not in has:
+                raise ValueError(
+                    f"{key!r} has one entry per box, but the {name} target has none; it has {sorted(target)}."
+                )
+            if len(target[key]) != length:
+                raise ValueError(f"{key!r} of the {name} target has {len(target[key])} entries for {length} boxes.")
+        merged[key] = join(key, pair[0][key], pair[1][key], canvas_size)
+    for key in pair[0].keys() & pair[1].keys() - box_keys:
+        _check_is_per_image(key, pair, lengths)
+    return merged | {"lam": lam, "shares": shares, "canvas": canvas_size}
+
+
+def unmixed_target(
+    target: Target, canvas_size: tuple[int, int], *, min_weight: float = 0.0, box_keys: Collection[str] = BOX_KEYS
+) -> Target:
+    """A copy of a target with the keys that `merge_targets` writes."""
+    joined = keys_per_box(target, box_keys)
+    copy = {
+        key: value.clone() if key in joined and isinstance(value, Tensor) else value for key, value in target.items()
+    }
+    weighted = _with_weights(copy, 1.0, 0, min_weight, box_keys)
+    return weighted | {"lam": 1.0, "shares": (1.0, 0.0), "canvas": canvas_size}
+
+
+def annotated(image: Tensor, target: Target) -> Target:
+    """A target with boxes: one that holds no entries at all is that of an image without any."""
+    if not isinstance(target, Mapping) or "boxes" in target or any(is_list(value) for value in target.values()):
+        return target
+    boxes = torch.zeros(0, 4, device=image.device)
+    labels = torch.zeros(0, dtype=torch.int64, device=image.device)
+    size = (image.shape[-2], image.shape[-1])
+    return {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size), "labels": labels}
+
+
+def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Tensor, ...]:
+    """What must go when a box goes: the ``labels_getter`` of torchvision's ``SanitizeBoundingBoxes`` after a mix.
+
+    By itself that transform drops rows of ``boxes``, ``labels`` and masks and leaves weights and all else too long.
+
+    Args:
+        sample: ``(image, target)``, or a target.
+        box_keys: The names of the keys that have one entry per box.
+
+    Returns:
+        Every per-box tensor but the boxes and the `tv_tensors.Mask` that torchvision finds by itself.
+
+    Raises:
+        ValueError: if a per-box value is no tensor, which torchvision could not filter.
+
+    Example:
+        >>> from torchvision.transforms import v2
+        >>> boxes = tv_tensors.BoundingBoxes([[0, 0, 4, 4], [5, 5, 5, 9]], format="XYXY", canvas_size=(9, 9))
+        >>> target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "weights": torch.tensor([0.75, 0.25])}
+        >>> _, target = v2.SanitizeBoundingBoxes(labels_getter=box_fields)(torch.zeros(3, 9, 9), target)
+        >>> target["labels"], target["weights"]
+        (tensor([1]), tensor([0.7500]))
+    """
+    target = sample if isinstance(sample, Mapping) else sample[1]
+    fields = {key: target[key] for key in sorted(keys_per_box(target, box_keys) - {"boxes"})}
+    for key, value in fields.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{key!r} must be a tensor to follow its boxes through torchvision's transforms, but it is a "
+                f"{type(value).__name__}."
+            )
+    return tuple(value for value in fields.values() if not isinstance(value, tv_tensors.Mask))
+
+
+def _completed(first: Target, second: Target, box_keys: Collection[str]) -> list[Target]:
+    # No boxes is no reason to lack a key, or to have one: a side without them takes over the keys of the other.
+    pair = [first, second]
+    for mine, other in ((0, 1), (1, 0)):
+        if len(pair[mine]["boxes"]):
+            continue
+        keys, wanted = (keys_per_box(pair[i], box_keys) for i in (mine, other))
+        surplus = {key for key in keys - wanted if not len(pair[mine][key])} if len(pair[other]["boxes"]) else set()
+        kept = {key: value for key, value in pair[mine].items() if key not in surplus}
+        pair[mine] = kept | {key: pair[other][key][:0] for key in wanted - keys}
+    return pair
+
+
+def _with_weights(target: Target, share: float, source: int, min_weight: float, box_keys: Collection[str]) -> Target:
+    boxes, given = target["boxes"], target.get("weights")
+    weights = torch.ones(len(boxes), device=boxes.device) if given is None else torch.as_tensor(given).to(torch.float32)
+    weights = weights * share
+    new = {**target, "weights": weights, "source": torch.full((len(boxes),), source, device=boxes.device)}
+    if min_weight > 0:
+        # Without weights of their own all weigh the share, which the host knows.
+        kept = torch.arange(len(boxes) if share >= min_weight else 0, device=boxes.device)
+        rows = kept if given is None else (weights >= min_weight).nonzero()[:, 0]
+        new |= {key: take(new[key], rows) for key in keys_per_box(new, {*box_keys, "weights", "source"})}
+    return new
+
+
+def _check_is_per_image(key: str, pair: Sequence[Target], lengths: Sequence[int]) -> None:
+    # A field of one entry an image has one length; one that follows two different box counts belongs to the boxes.
+    values = [target[key] for target in pair]
+    if lengths[0] != lengths[1] and all(
+        isinstance(value, (Tensor, list)) and is_list(value) and len(value) == length
+        for value, length in zip(values, lengths, strict=True)
+    ):
+        raise ValueError(
+            f"{key!r} has one entry per box in both targets ({lengths[0]} and {lengths[1]}), but it is not among the "
+            f"keys that are joined, so it would go stale: add it to box_keys."
+        )

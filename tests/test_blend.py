@@ -1,0 +1,226 @@
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision import tv_tensors
+
+from detmix.blend import blend_batch, blend_images
+from tests.conftest import DEVICES, without_waiting
+
+SIZES = [((5, 7), (5, 7)), ((5, 7), (6, 4)), ((3, 8), (6, 9)), ((4, 4), (1, 1)), ((2, 3), (4, 3))]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LAMS = st.integers(0, 2**24).map(lambda k: k / 2**24)  # those that MixUp draws
+
+
+def exact_blend(first, second, lam, fill):
+    """The real-valued blend, pixel by pixel, in rational numbers."""
+    channels, height, width = first.shape[0], *(max(first.shape[i], second.shape[i]) for i in (1, 2))
+    out = torch.zeros(channels, height, width, dtype=torch.float64)
+    for c in range(channels):
+        for y in range(height):
+            for x in range(width):
+                value = Fraction(0)
+                for image, share in ((first, Fraction(lam)), (second, 1 - Fraction(lam))):
+                    inside = y < image.shape[1] and x < image.shape[2]
+                    value += share * Fraction(image[c, y, x].item() if inside else fill[c])
+                out[c, y, x] = float(value)
+    return out
+
+
+def random_image(shape, dtype, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=rng).to(dtype)
+    return torch.randint(0, 256, shape, generator=rng).to(dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("lam", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("fill", [0, 114, (10, 0, 255)])
+def test_uint8_blend_is_the_exact_one_to_half_a_level(sizes, lam, fill, device):
+    first, second = (random_image((3, *size), torch.uint8, i) for i, size in enumerate(sizes))
+    moved = first.to(device), second.to(device)
+    with without_waiting(device):
+        out = blend_images(*moved, lam, fill=fill)
+    exact = exact_blend(first, second, lam, [fill] * 3 if isinstance(fill, int) else fill)
+    assert out.dtype == torch.uint8
+    assert (out.cpu() - exact).abs().max() <= 0.5 + 1e-4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_float_blend_is_the_exact_one_to_its_rounding(sizes, dtype, device):
+    first, second = (random_image((3, *size), dtype, i) for i, size in enumerate(sizes))
+    fill = (0.5, -1.0, 0.0)
+    moved = first.to(device), second.to(device)
+    with without_waiting(device):
+        out = blend_images(*moved, 0.3, fill=fill)
+    assert out.dtype == dtype
+    # One rounding of the result for half precision; else three, of values no larger than twice the inputs.
+    eps, largest = torch.finfo(dtype).eps, max(first.abs().max(), second.abs().max(), 1.0)
+    roundings = 1 if dtype.itemsize == 2 else 3
+    error = (out.cpu().double() - exact_blend(first, second, 0.3, fill)).abs().max()
+    assert error <= roundings * eps * float(largest) / 2 + (0 if dtype == torch.float64 else 2e-7 * float(largest))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top"), [(torch.int16, 2**15 - 1), (torch.int32, 2**31 - 1), (torch.uint16, 2**16 - 1)]
+)
+def test_wider_integers_keep_every_level(dtype, top):
+    first, second = (torch.tensor([[[value]]]).to(dtype) for value in (top, top - 2))
+    assert blend_images(first, second, 0.5).item() == top - 1
+    assert blend_images(first, second, 1.0).item() == top
+
+
+def test_rounding_has_no_bias():
+    levels = torch.arange(256, dtype=torch.uint8).expand(1, 256, 256)
+    for lam in torch.rand(20).tolist():
+        exact = lam * levels.double() + (1 - lam) * levels.mT.double()
+        assert (blend_images(levels, levels.mT, lam) - exact).mean().abs() < 0.01
+
+
+def test_an_image_blended_with_itself_is_itself():
+    image = random_image((3, 9, 9), torch.uint8)
+    assert torch.equal(blend_images(image, image, 0.37), image)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, *FLOATS])
+def test_lam_of_one_is_first_and_of_zero_is_second(dtype):
+    first, second = random_image((3, 4, 6), dtype), random_image((3, 5, 5), dtype, 1)
+    for lam, image in ((1.0, first), (0.0, second)):
+        blend = blend_images(first, second, lam, fill=7)
+        expected = torch.full((3, 5, 6), 7, dtype=dtype)
+        expected[:, : image.shape[1], : image.shape[2]] = image
+        assert torch.equal(blend, expected)
+
+
+@given(lam=LAMS, sizes=st.sampled_from(SIZES), dtype=st.sampled_from([torch.uint8, *FLOATS]), fill=st.integers(0, 3))
+def test_swapping_the_images_and_the_shares_changes_nothing(lam, sizes, dtype, fill):
+    first, second = (random_image((3, *size), dtype, i) for i, size in enumerate(sizes))
+    one, other = blend_images(first, second, lam, fill=fill), blend_images(second, first, 1 - lam, fill=fill)
+    if lam == 0.5 and dtype.itemsize > 2:  # the last bit of the mean depends on its end in torch.lerp
+        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    else:
+        assert torch.equal(one, other)
+
+
+def test_blend_keeps_the_type_of_first_and_carries_gradients():
+    first, second = tv_tensors.Image(torch.rand(3, 4, 4)), torch.rand(3, 4, 4, requires_grad=True)
+    out = blend_images(first, second, 0.25)
+    assert isinstance(out, tv_tensors.Image)
+    blend_images(first.as_subclass(torch.Tensor), second, 0.25).sum().backward()
+    assert torch.equal(second.grad, torch.full((3, 4, 4), 0.75))
+
+
+@pytest.mark.parametrize("second_size", [(6, 8), (9, 4)])
+def test_channels_last_stays_so(second_size):
+    first = torch.rand(6, 8, 3).permute(2, 0, 1)
+    out = blend_images(first, torch.rand(3, *second_size), 0.5)
+    assert out.stride(0) == 1
+    batch = torch.rand(4, 3, 6, 8).to(memory_format=torch.channels_last)
+    assert blend_batch(batch, [1, 2, 3, 0], [0.5] * 4).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "lam", "message"),
+    [
+        (torch.zeros(3, 4, 4), torch.zeros(1, 4, 4), 0.5, "agree in channels, but first has 3 and second has 1"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8), 0.5, "agree in dtype, .*float32 .*uint8"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4, device="meta"), 0.5, "agree in device, .*cpu .*meta"),
+        (torch.zeros(3, 4, 4), torch.zeros(4, 4), 0.5, r"second must be an image of shape \(C, H, W\).*\(4, 4\)"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), 1.5, r"lie in \[0, 1\], but it is 1.5"),
+        (torch.zeros(3, 4, 4), torch.zeros(3, 4, 4), float("nan"), "but it is nan"),
+    ],
+)
+def test_images_that_do_not_go_together_are_named(first, second, lam, message):
+    with pytest.raises(ValueError, match=message):
+        blend_images(first, second, lam)
+
+
+@pytest.mark.parametrize(
+    ("fill", "dtype", "message"),
+    [
+        ((0, 0), torch.float32, r"fill must be one number or one for each of 3 channels, but it is \(0, 0\)"),
+        (0.45, torch.uint8, "whole number from 0 to 255 for images of torch.uint8, but it is 0.45"),
+        ((0, 256, 0), torch.uint8, r"0 to 255 .* it is \(0, 256, 0\)"),
+        (float("nan"), torch.uint8, "it is nan"),
+    ],
+)
+def test_a_fill_that_does_not_fit_is_named(fill, dtype, message):
+    with pytest.raises(ValueError, match=message):
+        blend_images(torch.zeros(3, 2, 2, dtype=dtype), torch.zeros(3, 2, 2, dtype=dtype), 0.5, fill=fill)
+
+
+@st.composite
+def plans(draw):
+    size = draw(st.integers(0, 6))
+    partners = [draw(st.integers(-1, size - 1)) for _ in range(size)]
+    return partners, [draw(LAMS) for _ in range(size)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@given(plan=plans(), dtype=st.sampled_from([torch.uint8, *FLOATS]), inplace=st.booleans(), last=st.booleans())
+def test_a_batch_is_blended_entry_by_entry_in_place_or_not(device, plan, dtype, inplace, last):
+    partners, lams = plan
+    images = random_image((len(partners), 3, 2, 5), dtype).to(device)
+    images = images.to(memory_format=torch.channels_last) if last else images
+    expected = [
+        blend_images(image, images[j], lam) if j >= 0 else image.clone()
+        for image, j, lam in zip(images, partners, lams, strict=True)
+    ]
+    kept = images.clone()
+    with without_waiting(device):
+        out = blend_batch(images, partners, lams, inplace=inplace)
+    assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True))
+    assert (out is images) == inplace
+    assert out.stride() == kept.stride()
+    if not inplace:
+        assert torch.equal(images, kept)
+
+
+def test_in_place_copies_one_entry_at_a_time(monkeypatch):
+    clone, copies = torch.Tensor.clone, []
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **k: copies.append(self.shape) or clone(self, **k))
+    batch = torch.rand(6, 3, 2, 2)
+    blend_batch(batch, [1, 2, 0, 4, 5, 0], [0.5] * 6, inplace=True)  # a circle of three, and a chain that ends in it
+    assert copies == [(3, 2, 2)]
+
+
+def test_entries_of_any_modality_blend():
+    rows = torch.rand(4, 7)
+    out = blend_batch(rows, [3, 2, 1, 0], [0.25] * 4)
+    torch.testing.assert_close(out, 0.25 * rows + 0.75 * rows.flip(0))
+    assert blend_batch(torch.rand(2, 1, 5, 4, 3), [1, 0], [0.5, 0.5]).shape == (2, 1, 5, 4, 3)
+    assert isinstance(blend_batch(tv_tensors.Image(torch.rand(2, 3, 4, 4)), [1, 0], [0.5, 0.5]), tv_tensors.Image)
+
+
+def test_smaller_images_of_a_pool_lie_at_the_top_left():
+    images, pool = random_image((2, 3, 6, 8), torch.uint8), [random_image((3, 4, 5), torch.uint8, 1)]
+    out = blend_batch(images, [0, -1], [0.25, 1.0], pool=pool, fill=9)
+    assert torch.equal(out[0], blend_images(images[0], pool[0], 0.25, fill=9))
+    assert torch.equal(out[1], images[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"partners": [1]}, "each of the 2 entries of the batch, but there are 1 and 2"),
+        ({"partners": [2, 0]}, "partner 0 must be -1 or below the 2 there are, but it is 2"),
+        ({"partners": [1, -2]}, "partner 1 must be .* it is -2"),
+        ({"lams": [0.5, 2.0]}, "but it is 2.0"),
+        ({"pool": torch.rand(2, 3, 9, 4)}, r"image 1 of the pool must be no larger .*\(3, 4, 4\), but is \(3, 9, 4\)"),
+        ({"pool": torch.rand(2, 1, 4, 4)}, "entry 0 of the batch and its partner 1 must agree in channels"),
+        ({"pool": torch.rand(2, 7)}, r"agree in shape, dtype and device, but are \(3, 4, 4\) .* and \(7,\)"),
+    ],
+)
+def test_a_batch_that_does_not_go_together_is_named_before_anything_is_written(arguments, message):
+    images = torch.rand(2, 3, 4, 4)
+    kept = copy.deepcopy(images)
+    with pytest.raises(ValueError, match=message):
+        blend_batch(images, **{"partners": [1, 0], "lams": [0.5, 0.5], "inplace": True, **arguments})
+    assert torch.equal(images, kept)
