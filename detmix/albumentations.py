@@ -1,21 +1,29 @@
-"""Run an Albumentations pipeline on an (image, target) pair."""
+"""Mixup and Albumentations: pipelines that keep weights beside their boxes, and `MixUp` as one of their transforms."""
 
 import os
 import random
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer release
 
 import albumentations as A
 import numpy as np
+import PIL.Image
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.functional import BOX_KEYS, Sample, Target
+from detmix.checks import check_target
+from detmix.fields import keys_per_box, like, take
+from detmix.functional import BOX_KEYS, Sample, Target, blend_images
+
+Array = np.ndarray[Any, Any]
+
+IMAGE_DTYPES = ("uint8", "float32")  # with another, about every second transform of Albumentations fails
 
 
 class AlbumentationsTransform:
@@ -25,8 +33,8 @@ class AlbumentationsTransform:
     follow torch's generator, so ``torch.manual_seed`` and the seeds of `DataLoader` workers govern them; Albumentations
     alone would repeat the same draws in every worker.
 
-    Keypoints that leave the image stay, with visibility 0, so that each box keeps its K. Albumentations does not swap
-    left and right keypoints when it flips.
+    Keypoints that leave the image stay, with visibility 0 where they have one, so that each box keeps its K.
+    Albumentations does not swap left and right keypoints when it flips.
 
     Args:
         transforms: Albumentations transforms, run one after the other.
@@ -71,41 +79,295 @@ class AlbumentationsTransform:
                 keypoint_params=A.KeypointParams(format="xy", remove_invisible=False),
             )
 
-    def __call__(self, image: Tensor, target: Target) -> Sample:
+    def __call__(self, image: Tensor | PIL.Image.Image | Array, target: Target) -> Sample:
         """Transform a sample.
 
         Args:
-            image: Image ``(C, H, W)`` on the CPU, uint8 or float32 in [0, 1].
+            image: Image ``(C, H, W)`` on the CPU, PIL image, or array ``(H, W, C)`` or ``(H, W)``; uint8, or float32
+                in [0, 1].
             target: Target with ``boxes`` ``(num_boxes, 4)``; optionally ``masks`` ``(num_boxes, H, W)`` and
-                ``keypoints`` ``(num_boxes, K, 3)``, which are transformed, and other per-box keys, which are filtered.
+                ``keypoints`` ``(num_boxes, K, 3)`` or `tv_tensors.KeyPoints` ``(num_boxes, K, 2)``, which are
+                transformed, and other per-box keys, which are filtered.
 
         Returns:
-            A new image and a new target; the inputs are left alone.
+            A new image, `tv_tensors.Image` unless a plain tensor came, and a new target; the inputs are left alone.
+
+        Raises:
+            ValueError: if Albumentations cannot take the image or the boxes, or the target is inconsistent.
+            TypeError: if the target is no dict, or its boxes, masks or keypoints are no tensor.
         """
+        if isinstance(image, np.ndarray):
+            image = _writable(image)
+        image = image if isinstance(image, Tensor) else TF.to_image(image)
+        self._check(image, target)
         seed = int(torch.randint(2**63 - 1, ()))
         self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
         boxes = _xyxy(target["boxes"])
         arrays = {"image": image.permute(1, 2, 0).numpy(), "bboxes": boxes.numpy(), "rows": np.arange(len(boxes))}
         masks, keypoints = target.get("masks"), target.get("keypoints")
         if masks is not None and len(masks):
-            arrays["masks"] = masks.numpy()
+            arrays["masks"] = (masks.to(torch.uint8) if masks.dtype == torch.bool else masks).numpy()
         arrays["keypoints"] = np.zeros((0, 2)) if keypoints is None else keypoints[..., :2].reshape(-1, 2).numpy()
         out = self.pipeline(**arrays)
 
-        image = _wrap(torch.from_numpy(np.ascontiguousarray(out["image"])).permute(2, 0, 1).contiguous(), image)
+        image = like(torch.from_numpy(np.array(out["image"], order="C")).permute(2, 0, 1).contiguous(), image)
         size = (image.shape[-2], image.shape[-1])
         rows = torch.as_tensor(np.asarray(out["rows"], dtype=np.int64))
-        new = {key: _take(value, rows) if key in self.box_keys else value for key, value in target.items()}
+        per_box = keys_per_box(target, self.box_keys)
+        new = {key: take(value, rows) if key in per_box else value for key, value in target.items()}
         left = torch.as_tensor(np.asarray(out["bboxes"], dtype=np.float32)).reshape(-1, 4).to(boxes.dtype)
         new["boxes"] = _from_xyxy(left, target["boxes"], size)
         if masks is not None:
             moved = torch.from_numpy(np.ascontiguousarray(out["masks"])) if len(masks) else masks.new_zeros(0, *size)
-            new["masks"] = _wrap(moved[rows], masks)
+            new["masks"] = like(moved[rows].to(masks.dtype), masks)
         if keypoints is not None:
-            new["keypoints"] = _moved_keypoints(keypoints, np.asarray(out["keypoints"]), size)[rows]
+            moved = _moved_keypoints(keypoints, np.asarray(out["keypoints"]), size)[rows]
+            new["keypoints"] = like(moved, keypoints, size)
         if "area" in target:
             new["area"] = new["area"] * _areas(left) / _areas(boxes[rows]).clamp(min=1e-6)
         return image, new
+
+    def _check(self, image: Tensor, target: Target) -> None:
+        if image.device.type != "cpu":
+            raise ValueError(f"image must be on the CPU, where Albumentations works, but is on {image.device}.")
+        if str(image.dtype).removeprefix("torch.") not in IMAGE_DTYPES:
+            raise ValueError(f"image must be {' or '.join(IMAGE_DTYPES)} for Albumentations, but is {image.dtype}.")
+        check_target(target, where="the target", image=image)
+        boxes = target["boxes"]
+        if isinstance(boxes, tv_tensors.BoundingBoxes) and tv_tensors.is_rotated_bounding_format(boxes.format):
+            raise ValueError(f"Albumentations has no rotated boxes, but the boxes have format {boxes.format.name}.")
+        if len(boxes) and boxes.shape[1] != 4:
+            raise ValueError(f"boxes must have shape (num_boxes, 4), but have {tuple(boxes.shape)}.")
+        for key in sorted(keys_per_box(target, self.box_keys)):
+            value = target[key]
+            if len(value) != len(boxes):
+                raise ValueError(f"{key!r} must have one entry for each of {len(boxes)} boxes, but has {len(value)}.")
+            if key in ("masks", "keypoints") and not isinstance(value, Tensor):
+                raise TypeError(f"{key!r} must be a tensor, but is a {type(value).__name__}.")
+
+
+class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no types
+    """Mixup as a transform of `A.Compose`: blend with a partner and keep the boxes of both, weighted by image.
+
+    The images lie on a shared canvas, both at its top left and not resized [arXiv:1902.04103, sec. 3.1]. The label
+    field ``weights`` of ``bbox_params`` is multiplied by the share of the box's image.
+
+    The partner is given as to `A.Mosaic`: ``pipeline(image=..., bboxes=..., weights=..., mixup_metadata=partner)``,
+    a dict, or a list of dicts from which one is drawn, of ``image`` and what else the sample has of ``bboxes``,
+    ``masks``, ``keypoints`` and their label fields; its ``weights`` are 1 if it has none. An empty list leaves the
+    sample as it is; a missing key is an error, lest mixup be forgotten. Transforms in front of this one do not see the
+    partner: let this one come first, or give partners that are already prepared.
+
+    Boxes, ``masks`` and keypoints are joined in one order, the sample's first. Albumentations drops boxes but never
+    their masks: let a label field number the masks, the partner's going on from the sample's, to see which are left.
+
+    Draws follow the random state of `A.Compose`, which every `DataLoader` worker repeats unless its
+    ``set_random_seed`` is called there; with ``save_applied_params=True`` it tells the ``lam`` that was drawn.
+
+    Args:
+        alpha: Of the law of the sample's share, Beta(alpha, alpha), or Beta(a, b) for a pair. 1.5 is the Bag of
+            Freebies' choice.
+        lam: The share itself, or both ends of a uniform law, in place of alpha's. Whatever its law, a share is rounded
+            to a multiple of 2**-24, so that it and the partner's are exact in float32.
+        metadata_key: The name under which the pipeline is given the partner.
+        fill: See `detmix.functional.blend_images`.
+        p: The probability that a sample is mixed at all.
+
+    Raises:
+        ValueError: if an argument is out of range; when called, if ``weights`` are not among the label fields, if
+            sample and partner do not fit, or if the sample has a semantic ``mask``, which cannot be mixed, since each
+            pixel has one class but would show two.
+        TypeError: if the partner is no dict or its image no array.
+
+    Example:
+        >>> box_params = A.BboxParams("pascal_voc", label_fields=["names", "weights"])
+        >>> pipeline = A.Compose([MixUp(lam=0.75, p=1.0), A.HorizontalFlip(p=1.0)], bbox_params=box_params)
+        >>> sample = {"image": np.zeros((4, 10, 3), np.uint8), "bboxes": [[2, 1, 6, 3]], "names": ["cat"]}
+        >>> partner = {"image": np.zeros((8, 6, 3), np.uint8), "bboxes": [[0, 0, 4, 4]], "names": ["dog"]}
+        >>> mixed = pipeline(**sample, weights=[1.0], mixup_metadata=partner)
+        >>> mixed["image"].shape, mixed["names"], mixed["weights"]
+        ((8, 10, 3), ['cat', 'dog'], [0.75, 0.25])
+    """
+
+    def __init__(
+        self,
+        alpha: float | Sequence[float] = 1.5,
+        *,
+        lam: float | Sequence[float] | None = None,
+        metadata_key: str = "mixup_metadata",
+        fill: float | Sequence[float] = 0.0,
+        p: float = 0.5,
+    ) -> None:
+        if not all(0 < value < float("inf") for value in _pair("alpha", alpha)):
+            raise ValueError(f"alpha of Beta(alpha, alpha), or of a pair, must be positive and finite, but is {alpha}.")
+        if lam is not None and not 0 <= (ends := _pair("lam", lam))[0] <= ends[1] <= 1:
+            raise ValueError(f"lam must be a share in [0, 1], or a pair (low, high) of them, but is {lam}.")
+        if not 0 <= p <= 1:
+            raise ValueError(f"p is a probability and must lie in [0, 1], but it is {p}.")
+        super().__init__(p=p)
+        self.alpha, self.lam, self.metadata_key, self.fill = alpha, lam, metadata_key, fill
+
+    @property
+    def targets_as_params(self) -> list[str]:
+        """What the pipeline must be called with, besides the sample."""
+        return [self.metadata_key]
+
+    def draw_lam(self) -> float:
+        """One share of a sample's own image."""
+        beta, uniform = self.py_random.betavariate, self.py_random.uniform
+        lam: float = beta(*_pair("alpha", self.alpha)) if self.lam is None else uniform(*_pair("lam", self.lam))
+        return round(lam * 2**24) / 2**24
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the partner and ``lam``, and bring the partner's boxes and keypoints into Albumentations' own form."""
+        self._check_sample(data)
+        where, metadata = self.metadata_key, data[self.metadata_key]
+        if isinstance(metadata, Mapping):
+            partner = self._read_partner(metadata, data, where)
+        elif not isinstance(metadata, Sequence):
+            raise TypeError(f"{where} must be a dict or a list of dicts, but is a {type(metadata).__name__}.")
+        elif not metadata:
+            return {"lam": 1.0, "partner": None}
+        else:
+            row = self.py_random.randrange(len(metadata))
+            partner = self._read_partner(metadata[row], data, f"{where}[{row}]")
+        height, width = np.maximum(data["image"].shape[:2], partner["image"].shape[:2]).tolist()
+        return {"lam": self.draw_lam(), "partner": partner, "canvas": (height, width)}
+
+    def apply_with_params(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Mix every target."""
+        if params["partner"] is None:
+            return kwargs
+        masks = kwargs.get("masks")
+        if isinstance(masks, Sequence) and not masks and len(params["partner"]["masks"]):
+            # Albumentations passes an empty list by, which would lose the partner's masks.
+            kwargs["masks"] = params["partner"]["masks"][:0]
+        mixed: dict[str, Any] = super().apply_with_params(params, *args, **kwargs)
+        return mixed
+
+    def apply(self, img: Array, lam: float, partner: dict[str, Array], **params: Any) -> Array:
+        """Blend the images."""
+        mixed = blend_images(_channels_first(img), _channels_first(partner["image"]), lam, fill=self.fill)
+        return (mixed.permute(1, 2, 0) if img.ndim == 3 else mixed[0]).numpy()
+
+    def apply_to_bboxes(self, bboxes: Array, lam: float, partner: dict[str, Array], **params: Any) -> Array:
+        """Join the boxes, which are relative to their own image and become relative to the canvas, and weight them."""
+        fields = self.processors["bboxes"].params.label_fields
+        weights = fields.index("weights") - len(fields)  # counted from the end: boxes can have columns of their own
+        sizes = params["shape"], partner["image"].shape
+        pair = []
+        for rows, size, share in zip((bboxes, partner["bboxes"]), sizes, (lam, 1 - lam), strict=True):
+            rows = rows.astype(np.float64)
+            if len(rows):
+                rows[:, :4] *= np.tile([size[1] / params["canvas"][1], size[0] / params["canvas"][0]], 2)
+                rows[:, weights] *= share
+            pair.append(rows)
+        return _join(*pair)
+
+    def apply_to_keypoints(self, keypoints: Array, partner: dict[str, Array], **params: Any) -> Array:
+        """Join the keypoints, which keep their pixel coordinates."""
+        return _join(keypoints, partner["keypoints"])
+
+    def apply_to_masks(self, masks: Array, partner: dict[str, Array], **params: Any) -> Array:
+        """Pad the masks to the canvas and join them."""
+        return _join(_pad(masks, params["canvas"]), _pad(partner["masks"], params["canvas"]))
+
+    def _check_sample(self, data: dict[str, Any]) -> None:
+        boxes = self.get_processor("bboxes")
+        fields = (boxes and boxes.params.label_fields) or []
+        if "weights" not in fields:
+            raise ValueError(
+                "MixUp weights every box by the share of its image and needs 'weights' among the label fields of "
+                f"A.Compose(..., bbox_params=A.BboxParams(..., label_fields=[...])), but they are {list(fields)}."
+            )
+        given = {key for key, value in data.items() if value is not None}
+        unknown = {"mask", "images", "volume", "volumes", "mask3d", "masks3d", *self._additional_targets} & given
+        if unknown:
+            raise ValueError(
+                f"MixUp mixes image, bboxes, masks (one a box) and keypoints, but the sample has {sorted(unknown)}: a "
+                "semantic mask has one class a pixel, but a mixed pixel shows two."
+            )
+        if "bboxes" not in given:
+            raise ValueError(f"MixUp needs 'bboxes', if need be empty, but was called with {sorted(given)}.")
+        if "keypoints" in given and "keypoints" not in self.processors:
+            raise ValueError("MixUp was called with keypoints, which need keypoint_params of A.Compose.")
+        if str(data["image"].dtype) not in IMAGE_DTYPES:
+            raise ValueError(f"image must be {' or '.join(IMAGE_DTYPES)}, but is {data['image'].dtype}.")
+        weights = boxes.label_manager.metadata["bboxes"].get("weights")
+        if weights is not None:
+            if not _is_numeric(weights):
+                raise ValueError("weights of the boxes must be numbers, but Albumentations took them for categories.")
+            weights.is_numerical = True  # else a list of numpy's floats would come back as integers,
+            _widen(weights, np.float32)  # as would an integer array
+
+    def _read_partner(self, partner: Any, data: dict[str, Any], where: str) -> dict[str, Array]:
+        if not isinstance(partner, Mapping):
+            raise TypeError(f"{where} must be a dict, but is a {type(partner).__name__}.")
+        needed = ["image", *(key for key in ("bboxes", "masks", "keypoints") if data.get(key) is not None)]
+        missing = [key for key in needed if partner.get(key) is None]
+        if missing:
+            raise ValueError(f"{where} must have {needed}, as the sample has, if need be empty, but has no {missing}.")
+        if not isinstance(partner["image"], np.ndarray):
+            raise TypeError(f"image of {where} must be a numpy array, but is a {type(partner['image']).__name__}.")
+        _check_alike(f"image of {where}", partner["image"], data["image"])
+        read = {"image": partner["image"]}
+        for key in needed[1:]:
+            read[key] = self._read_masks(partner, data, where) if key == "masks" else self._encode(key, partner, where)
+        return read
+
+    def _read_masks(self, partner: Mapping[str, Any], data: dict[str, Any], where: str) -> Array:
+        masks, size = [np.asarray(mask) for mask in partner["masks"]], partner["image"].shape[:2]
+        if len(masks) != len(partner["bboxes"]):
+            raise ValueError(
+                f"{where} has {len(masks)} masks for {len(partner['bboxes'])} bboxes, but must have one each."
+            )
+        for row, mask in enumerate(masks):
+            if mask.shape[:2] != size:
+                raise ValueError(
+                    f"mask {row} of {where} must be as large as its image, {size}, but is {mask.shape[:2]}."
+                )
+        if masks and len(data["masks"]):
+            _check_alike(f"masks of {where}", masks[0], data["masks"][0])
+        return np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
+
+    def _encode(self, key: str, partner: Mapping[str, Any], where: str) -> Array:
+        """The partner's boxes or keypoints in Albumentations' own form: its format, with label fields as columns."""
+        processor = self.processors[key]
+        rows = np.asarray(partner[key])
+        if not len(rows):
+            return rows
+        labels = {field: partner.get(field) for field in processor.params.label_fields or ()}
+        if key == "bboxes":
+            weights = np.ones(len(rows)) if labels["weights"] is None else labels["weights"]
+            labels["weights"] = np.asarray(weights, dtype=np.float32)
+        for field, values in labels.items():
+            if values is None:
+                raise ValueError(
+                    f"{where} must have the label field {field!r} of its {key}, but has {sorted(partner)}."
+                )
+            if len(values) != len(rows):
+                raise ValueError(f"{field!r} of {where} must have one entry for each of {len(rows)} {key}: {values}.")
+            self._admit(key, field, np.asarray(values), where)
+        encoded = {"image": partner["image"], key: rows, **labels}
+        given_as = dict(processor.is_sequence_input)
+        try:
+            processor.preprocess(encoded)
+        except ValueError as error:
+            raise ValueError(f"{key} of {where}: {error}") from error
+        finally:
+            processor.is_sequence_input = given_as  # else the sample's list would come back as the partner's array
+        joined: Array = encoded[key]
+        return joined
+
+    def _admit(self, key: str, field: str, values: Array, where: str) -> None:
+        """Make Albumentations' note on how to decode a label field, taken from the sample's, fit the partner's too."""
+        known = self.processors[key].label_manager.metadata[key].get(field)
+        if known is None:
+            return
+        if _is_numeric(known) != all(isinstance(value, Real) for value in values.ravel().tolist()):
+            kind = "numbers" if _is_numeric(known) else "categories"
+            raise ValueError(f"{field!r} of {where} must be {kind}, as the sample's, but is {values.tolist()}.")
+        _widen(known, values.dtype)
 
 
 def _xyxy(boxes: Tensor) -> Tensor:
@@ -126,17 +388,63 @@ def _areas(boxes: Tensor) -> Tensor:
     return (boxes[:, 2:] - boxes[:, :2]).prod(1)
 
 
-def _take(value: Any, rows: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return _wrap(value.as_subclass(Tensor)[rows], value)
-    return [value[row] for row in rows.tolist()]
-
-
-def _wrap(value: Tensor, like: Tensor) -> Tensor:
-    return tv_tensors.wrap(value, like=like) if isinstance(like, tv_tensors.TVTensor) else value
-
-
-def _moved_keypoints(keypoints: Tensor, points: np.ndarray[Any, Any], size: tuple[int, int]) -> Tensor:
+def _moved_keypoints(keypoints: Tensor, points: Array, size: tuple[int, int]) -> Tensor:
     xy = torch.as_tensor(points[:, :2].astype(np.float32)).reshape(*keypoints.shape[:-1], 2).to(keypoints.dtype)
+    if keypoints.shape[-1] == 2:
+        return xy
     inside = (xy >= 0).all(-1) & (xy < torch.tensor([size[1], size[0]])).all(-1)
     return torch.cat([xy, torch.where(inside, keypoints[..., 2], 0)[..., None]], -1)
+
+
+def _writable(image: Array) -> Array:
+    # torch cannot take an array with negative strides, such as a flipped one, and warns of a read-only one
+    return np.require(image, requirements=["C", "W"])
+
+
+def _channels_first(image: Array) -> Tensor:
+    tensor = torch.from_numpy(_writable(image))
+    return tensor.permute(2, 0, 1) if image.ndim == 3 else tensor[None]
+
+
+def _pair(name: str, value: Any) -> tuple[float, float]:
+    if isinstance(value, Real):
+        return float(value), float(value)
+    if not isinstance(value, Sequence) or len(value) != 2:
+        raise ValueError(f"{name} must be a number or a pair of numbers, but is {value!r}.")
+    return value[0], value[1]
+
+
+def _join(first: Array, second: Array) -> Array:
+    # Rows that are none have neither the columns of label fields nor a dtype of their own.
+    parts = [part for part in (first, second) if len(part)]
+    if len(parts) < 2:
+        return parts[0] if parts else first
+    if parts[0].shape[1:] != parts[1].shape[1:]:
+        raise ValueError(
+            f"Rows of the sample and its partner must have as many columns, but have {first.shape} and {second.shape}."
+        )
+    return np.concatenate(parts)
+
+
+def _check_alike(name: str, partner: Array, sample: Array) -> None:
+    for what, ours, theirs in (
+        ("dtype", sample.dtype, partner.dtype),
+        ("channels", sample.shape[2:], partner.shape[2:]),
+    ):
+        if ours != theirs:
+            raise ValueError(f"{name} must have the {what} of the sample's, {ours}, but has {theirs}.")
+
+
+def _is_numeric(known: Any) -> bool:
+    return bool(known.is_numerical or known.encoder.is_numerical)
+
+
+def _widen(known: Any, dtype: Any) -> None:
+    # Albumentations casts the joined values to the dtype of the sample's: "giraffe" to "gir" beside "cat", 0.5 to 0.
+    if known.dtype is not None:
+        known.dtype = np.promote_types(known.dtype, dtype)
+
+
+def _pad(masks: Array, canvas: tuple[int, int]) -> Array:
+    spare = [(0, canvas[0] - masks.shape[1]), (0, canvas[1] - masks.shape[2])]
+    return np.pad(masks, [(0, 0), *spare, *[(0, 0)] * (masks.ndim - 3)])
