@@ -49,7 +49,19 @@ def take(value: Any, rows: Tensor) -> Any:
         return like(value.as_subclass(Tensor)[rows], value)
     if isinstance(value, np.ndarray):
         return value[rows.numpy()]
-    return type(value)(value[row] for row in rows.tolist())
+    return [value[row] for row in rows.tolist()]
+
+
+def scaled_areas(areas: Any, ratios: Tensor) -> Any:
+    """Areas, a tensor or a list, times a ratio for each, as the same type and dtype.
+
+    Example:
+        >>> scaled_areas([8, 6], torch.tensor([0.5, 2.0]))
+        [4, 12]
+    """
+    values = torch.as_tensor(areas)
+    scaled = (values * ratios).to(values.dtype)
+    return scaled if isinstance(areas, Tensor) else scaled.tolist()
 
 
 def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None) -> Tensor:

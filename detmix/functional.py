@@ -224,7 +224,7 @@ def mix_labels(
             f"labels and those of the pool must have the same classes, but have {first.shape[1]} and {others.shape[1]}."
         )
     shares = torch.tensor([mix.shares for mix in plan], dtype=first.dtype).reshape(-1, 2)
-    rows = torch.tensor([max(mix.partner, 0) for mix in plan], dtype=torch.int64)
+    rows = torch.tensor([mix.partner for mix in plan], dtype=torch.int64)
     shares, rows = shares.to(first.device, non_blocking=True), rows.to(first.device, non_blocking=True)
     return shares[:, :1] * first + (shares[:, 1:] * others[rows] if len(plan) else 0)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.fields import BOX_KEYS, keys_per_box, like, take
+from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, take
 
 
 class Placement(NamedTuple):
@@ -83,7 +83,7 @@ def place(
     new |= {key: take(new[key], rows) for key in keys_per_box(target, box_keys)}
     if "area" in new:
         ratio = _areas(left_over) / _areas(take(boxes, rows))
-        new["area"] = new["area"] * ratio.to(new["area"].dtype)
+        new["area"] = scaled_areas(new["area"], ratio)
     return moved, new
 
 
@@ -91,14 +91,12 @@ def _move_image(
     image: Tensor, scaled: list[int], corner: tuple[int, int], canvas: tuple[int, int], fill: float | Sequence[float]
 ) -> Tensor:
     pixels = image.as_subclass(Tensor)
-    # Half precision has no antialiased resize on every device.
-    wide = pixels.float() if pixels.dtype in (torch.float16, torch.bfloat16) else pixels
     (top, left), (height, width) = corner, scaled
     below, right = canvas[0] - top - height, canvas[1] - left - width
     margins = [max(0, side) for side in (left, top, right, below)]
     level = list(fill) if isinstance(fill, Sequence) else fill
-    padded = TF.pad(TF.resize(wide, scaled, antialias=True), margins, fill=level)
-    return like(TF.crop(padded, max(0, -top), max(0, -left), *canvas).to(pixels.dtype, copy=True), image)
+    padded = TF.pad(TF.resize(pixels, scaled), margins, fill=level)
+    return like(TF.crop(padded, max(0, -top), max(0, -left), *canvas), image)
 
 
 def _as_boxes(boxes: Tensor, size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
@@ -112,8 +110,7 @@ def _move_field(key: str, value: Any, size: tuple[int, int], move: Any) -> Any:
     if key == "boxes" or isinstance(value, tv_tensors.BoundingBoxes):
         return _unwrapped(move(_as_boxes(value, size)), value)
     if key == "masks" or isinstance(value, tv_tensors.Mask):
-        mask = tv_tensors.Mask(value.to(torch.uint8) if value.dtype == torch.bool else value)
-        return _unwrapped(move(mask).to(value.dtype), value)
+        return _unwrapped(move(tv_tensors.Mask(value)), value)
     if key == "keypoints" or isinstance(value, tv_tensors.KeyPoints):
         points = move(tv_tensors.KeyPoints(value[..., :2].as_subclass(Tensor), canvas_size=size))
         if value.shape[-1] == 2:

@@ -108,6 +108,8 @@ def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Te
     """What must go when a box goes: the ``labels_getter`` of torchvision's ``SanitizeBoundingBoxes`` after a mix.
 
     By itself that transform drops rows of ``boxes``, ``labels`` and masks and leaves weights and all else too long.
+    Let it be the last one: `tv_tensors.KeyPoints` come out of it as plain tensors. torchvision's transforms do not move
+    plain keypoints ``(num_boxes, K, 3)``, nor polygons.
 
     Args:
         sample: ``(image, target)``, or a target.

@@ -1,6 +1,5 @@
 """MixUp: draw who is mixed with whom and how much, then mix."""
 
-import math
 import os
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -13,9 +12,8 @@ from torch.utils.data import get_worker_info
 from detmix import functional
 from detmix.fields import BOX_KEYS
 from detmix.functional import Mix, Placement, Target
+from detmix.laws import Law, Range, check_law, draw_lam, is_range
 from detmix.pairing import PAIRINGS, Pairing, pair
-
-Range = tuple[float, float]
 
 SHARES: dict[str, Callable[[float], Range]] = {
     "lam": lambda lam: (lam, 1 - lam),
@@ -23,8 +21,6 @@ SHARES: dict[str, Callable[[float], Range]] = {
     "ones": lambda lam: (1.0, 1.0),
 }
 """What the weights of the boxes of first and second are multiplied by, by name."""
-
-UNIT = "a share in [0, 1], or (low, high), or a function"
 
 
 class MixUp(nn.Module):
@@ -99,7 +95,7 @@ class MixUp(nn.Module):
         alpha: float | Range = 1.5,
         p: float = 1.0,
         *,
-        lam: float | Range | Callable[[random.Random], float] | None = None,
+        lam: Law = None,
         per_batch: bool = False,
         weights: Literal["lam", "first", "ones"] = "lam",
         min_weight: float = 0.0,
@@ -257,46 +253,27 @@ class MixUp(nn.Module):
         return count
 
     def _draw_lam(self, rng: random.Random) -> float:
-        if callable(self.lam):
-            lam = float(self.lam(rng))
-            if not 0 <= lam <= 1:
-                raise ValueError(f"lam must draw shares in [0, 1], but drew {lam}.")
-        elif self.lam is not None:
-            lam = rng.uniform(*_pair(self.lam))
-        else:
-            more = 1 if self.weights == "first" and not isinstance(self.alpha, Sequence) else 0
-            a, b = _pair(self.alpha)
-            lam = rng.betavariate(a + more, b)
-        return round(lam * 2**24) / 2**24
+        alpha = self.alpha
+        if self.weights == "first" and isinstance(alpha, int | float):
+            alpha = (alpha + 1, alpha)
+        return draw_lam(rng, alpha, self.lam)
 
     def _check_arguments(self) -> None:
-        has_law = self.lam is None or callable(self.lam)
+        check_law(self.alpha, self.lam)
         scale = (1.0, 1.0) if self.scale is None else self.scale
         stop = self.start if self.stop is None else self.stop
         for name, fits, expected in (
-            ("alpha", _is_range(self.alpha, ordered=False) and min(_pair(self.alpha)) > 0, "positive and finite"),
             ("p", 0 <= self.p <= 1, "a probability, in [0, 1]"),
-            ("lam", has_law or (_is_range(self.lam) and 0 <= min(_pair(self.lam)) <= max(_pair(self.lam)) <= 1), UNIT),
             ("weights", self.weights in SHARES, f"one of {list(SHARES)}"),
             ("min_weight", 0 <= self.min_weight <= 1, "in [0, 1]"),
             ("pairing", callable(self.pairing) or self.pairing in PAIRINGS, f"a function or one of {list(PAIRINGS)}"),
-            ("scale", _is_range(scale) and min(scale) > 0, "(low, high), both positive"),
+            ("scale", is_range(scale) and min(scale) > 0, "(low, high), both positive"),
             ("start", self.start >= 0, "an epoch, 0 or more"),
             ("stop", stop >= self.start, f"no epoch before start, {self.start}"),
             ("ramp", self.ramp >= 0, "a number of epochs, 0 or more"),
         ):
             if not fits:
                 raise ValueError(f"{name} must be {expected}, but it is {getattr(self, name)!r}.")
-
-
-def _pair(value: Any) -> Range:
-    return (value[0], value[1]) if isinstance(value, Sequence) else (value, value)
-
-
-def _is_range(value: Any, *, ordered: bool = True) -> bool:
-    pair = _pair(value)
-    is_whole = not isinstance(value, Sequence) or len(value) == 2
-    return is_whole and all(map(math.isfinite, pair)) and (not ordered or pair[0] <= pair[1])
 
 
 def _rank() -> int:

@@ -68,6 +68,13 @@ def test_what_was_made_for_an_image_of_another_size_is_named(sample, key):
         check_target({**target, key: other}, where="target 0", image=image)
 
 
+def test_plain_masks_have_the_size_of_their_image_if_there_are_any(sample):
+    image, target = sample(2)
+    with pytest.raises(ValueError, match=r"masks of target 0 are on a canvas of \(12, 17\)"):
+        check_target({**target, "masks": torch.zeros(2, 12, 17)}, where="target 0", image=image)
+    check_target({**sample(0)[1], "masks": torch.zeros(0)}, where="target 0", image=image)
+
+
 def test_boxes_and_labels_apart_are_named_without_an_image_too(sample):
     target = {**sample(2)[1], "labels": torch.ones(2, device="meta")}
     with pytest.raises(ValueError, match="labels of target 0 must be on the device of its boxes, cpu, but are on meta"):

@@ -93,6 +93,12 @@ def test_a_mix_records_what_was_done(sample):
     assert (target["canvas"], target["placement"], target["shares"]) == ((9, 20), placement, (1.0, 1.0))
 
 
+def test_what_a_scaled_second_leaves_uncovered_is_filled():
+    first, second = torch.full((1, 2, 4), 100, dtype=torch.uint8), torch.full((1, 2, 2), 20, dtype=torch.uint8)
+    image, _ = mixup((first, {}), (second, {}), 0.5, placement=Placement(1.0, 1.0, 0.0), fill=50)
+    assert image.tolist() == [[[75, 75, 60, 60]] * 2]
+
+
 def test_unmixed_has_the_keys_of_a_mixed_one(sample):
     image, target = unmixed(sample(2))
     assert target.keys() == mixup(sample(2), sample(2), 0.5)[1].keys()
@@ -217,6 +223,8 @@ def test_a_pool_that_is_wrong_is_named_as_such():
     images, targets = batch()
     with pytest.raises(ValueError, match=r"label.* of target of the pool, 0 must have one entry"):
         mixup_batch(images, targets, PLAN, pool=(images[:1], [{"boxes": torch.ones(2, 4), "labels": torch.ones(1)}]))
+    with pytest.raises(TypeError, match="target 0 must be a dict with 'boxes', but it is a int"):
+        mixup_batch(images, [0] * 5, PLAN)
     with pytest.raises(TypeError, match="inplace needs one batch tensor, but images is a list"):
         mixup_batch(images, targets, PLAN, inplace=True)
 
@@ -252,6 +260,7 @@ def test_labels_of_a_pool_are_mixed_in():
         (torch.tensor([-1, 3]), {"num_classes": 4}, r"but go from -1 to 3"),
         (torch.tensor([0.5, 1.0]), {"num_classes": 4}, r"integers, or soft labels \(B, num_classes\), but are \(2,\)"),
         (torch.zeros(2, 3, 4), {}, r"but are \(2, 3, 4\) torch.float32"),
+        (torch.zeros(2, 3, 4, dtype=torch.int64), {"num_classes": 4}, r"but are \(2, 3, 4\) torch.int64"),
         (torch.zeros(3, 4), {}, "plan must say what is done to each of 3 labels, but has 2 entries"),
         (torch.zeros(2, 4), {"pool": torch.zeros(2, 5)}, "must have the same classes, but have 4 and 5"),
     ],

@@ -73,6 +73,50 @@ def test_scale_of_one_fits_the_canvas_and_changes_nothing_else():
     assert not image[:, :, :12].any()
 
 
+def test_even_a_speck_has_a_pixel():
+    image, target = place(*square(), (16, 24), Placement(0.01, 0.0, 0.0))
+    assert int((image > 0).sum()) <= 3
+    assert len(target["boxes"]) == 0
+
+
+def test_boxes_that_may_hang_over_are_cut_at_the_canvas_all_the_same():
+    boxes = tv_tensors.BoundingBoxes([[6.0, 4, 20, 12]], format="XYXY", canvas_size=(16, 24), clamping_mode=None)
+    _, target = place(torch.zeros(3, 16, 24), {"boxes": boxes}, (16, 24), Placement(2.0, 0.0, 0.0))
+    assert target["boxes"].tolist() == [[12, 8, 24, 16]]
+
+
+@pytest.mark.parametrize(
+    ("place_at", "visible"),
+    [((0.0, 0.0), [0.0, 1.0, 0.0, 0.0]), ((1.0, 1.0), [0.0, 0.0, 1.0, 1.0]), ((0.5, 0.5), [0.0, 0.0, 0.0, 1.0])],
+)
+def test_keypoints_off_any_side_are_invisible(place_at, visible):
+    # Of an image of 16 x 24, doubled: the left upper quarter, the right lower one, the middle.
+    points = torch.tensor([[[13.0, 2, 1], [2, 2, 1], [22, 14, 1], [12, 8, 1]]])
+    target = {"boxes": torch.tensor([[0.0, 0, 24, 16]]), "keypoints": points}
+    _, new = place(torch.zeros(3, 16, 24), target, (16, 24), Placement(2.0, *place_at))
+    assert new["keypoints"][0, :, 2].tolist() == visible
+    below = {**target, "keypoints": torch.tensor([[[2.0, 9, 1], [2, 7, 1]]])}
+    _, new = place(torch.zeros(3, 16, 24), below, (16, 24), Placement(2.0, 0.0, 0.0))
+    assert new["keypoints"][0, :, 2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("area", [torch.tensor([32.0]), torch.tensor([32]), [32], [32.0]])
+def test_area_of_any_kind_follows_its_box(area):
+    _, target = place(torch.zeros(3, 16, 24), {**square()[1], "area": area}, (16, 24), Placement(1.5, 0.0, 0.0))
+    # 8 x 8 become 12 x 10 on the canvas, of which the area is one half
+    new = target["area"]
+    assert type(new) is type(area)
+    assert float(new[0]) == 60.0
+    assert not isinstance(area, torch.Tensor) or new.dtype == area.dtype
+
+
+def test_masks_of_the_users_own_follow_by_their_type():
+    target = {**square()[1], "amodal": tv_tensors.Mask(square()[1]["masks"])}
+    _, new = place(torch.zeros(3, 16, 24), target, (20, 40), Placement(0.7, 0.3, 0.2))
+    assert isinstance(new["amodal"], tv_tensors.Mask)
+    assert torch.equal(new["amodal"], new["masks"])
+
+
 def test_the_places_are_the_edges_and_the_middle():
     for share, left in ((0.0, 0), (0.5, 12), (1.0, 24)):
         _, target = place(*square(), (32, 48), Placement(0.5, share, share))
@@ -101,7 +145,9 @@ def test_a_box_off_the_canvas_is_dropped_with_all_it_has():
 @pytest.mark.parametrize(("box_format", "columns"), FORMATS.items())
 def test_boxes_of_every_format_keep_it(box_format, columns):
     boxes = tv_tensors.BoundingBoxes([columns], format=box_format, canvas_size=(16, 24))
-    _, target = place(torch.zeros(3, 16, 24), {"boxes": boxes}, (8, 12), Placement(1.0, 0.0, 0.0))
+    annotated = {"boxes": boxes, "area": torch.tensor([40.0])}
+    _, target = place(torch.zeros(3, 16, 24), annotated, (8, 12), Placement(1.0, 0.0, 0.0))
+    assert target["area"].tolist() == pytest.approx([10.0])
     assert target["boxes"].format == boxes.format
     assert target["boxes"].canvas_size == (8, 12)
     scales = torch.tensor([[0.5] * 4 + [1.0]] if box_format.endswith("R") else 0.5)

@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from torchvision.models import detection
+from torchvision.transforms.v2 import functional as TF
+from transformers import DetrConfig, DetrForObjectDetection, ResNetConfig
 
+import detmix
 from detmix import weight_losses
-from tests.conftest import make_sample
+from tests.conftest import assert_same, make_sample
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,7 +28,20 @@ def names(tmp_path, monkeypatch):
     torch.save({"state_dict": {f"model.{key}": value for key, value in model.state_dict().items()}}, "best.ckpt")
     samples = [make_sample(i % 3, (40 + i, 50), seed=i) for i in range(4)]
     images = [image.float() / 255 for image, _ in samples]
-    return {"images": images, "targets": [target for _, target in samples], "dataset": samples}
+    targets = [target for _, target in samples]
+    return {"images": images, "targets": targets, "dataset": samples, "detr": tiny_detr(), "detmix": detmix}
+
+
+def tiny_detr():
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8, 8, 16], depths=[1, 1, 1, 1], layer_type="basic", out_features=["stage4"]
+    )
+    few = dict.fromkeys(("encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"), 1)
+    widths = dict.fromkeys(("d_model", "encoder_ffn_dim", "decoder_ffn_dim"), 16)
+    config = DetrConfig(
+        use_timm_backbone=False, backbone_config=backbone, num_queries=10, num_labels=4, **few, **widths
+    )
+    return DetrForObjectDetection(config)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -33,6 +49,24 @@ def test_the_examples_run(number, names):
     exec(compile(BLOCKS[number], f"README example {number}", "exec"), names)
     if "losses" in names:
         assert all(torch.isfinite(loss) for loss in names["losses"].values())
+    if "loss" in names:
+        assert torch.isfinite(names["loss"])
+        assert_mixed_before_and_after_normalisation_alike(names)
+    if "again" in names:
+        assert_same(names["again"], names["mixed_images"])
+    if "crop" in names:
+        assert len(names["target"]["weights"]) == len(names["target"]["boxes"])
+
+
+def assert_mixed_before_and_after_normalisation_alike(names):
+    """With black as its fill, a mix of normalised images is the normalised mix of the images."""
+    sizes = [image[..., : 30 + 5 * i] for i, image in enumerate(names["images"])]
+    bare = [{}] * len(sizes)
+    plan = names["mixup"].make_params(bare)
+    after, _ = names["mixup"]([TF.normalize(image, names["mean"], names["std"]) for image in sizes], bare, plan)
+    before, _ = detmix.MixUp()(sizes, bare, plan)
+    for one, other in zip(after, before, strict=True):
+        torch.testing.assert_close(one, TF.normalize(other, names["mean"], names["std"]))
 
 
 def test_ci_takes_its_test_command_from_here():

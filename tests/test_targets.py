@@ -247,10 +247,21 @@ def test_boxes_below_the_least_weight_are_dropped_with_all_they_have(sample, own
             assert torch.equal(merged[key][row], (first, second)[source][key][index]), key
     assert len(merge_targets(first, second, 0.75, (12, 16), min_weight=0.26)["boxes"]) == (1 if own else 2)
     assert isinstance(merged["boxes"], tv_tensors.BoundingBoxes)
+    odd = unmixed((torch.zeros(3, 12, 16), {**first, "weights": [1.0, 0.125]}), min_weight=0.25, box_keys={"boxes"})[1]
+    assert len(odd["boxes"]) == len(odd["weights"]) == len(odd["source"]) == 1
     unmixed_target = unmixed(
         (torch.zeros(3, 12, 16), {**first, "weights": torch.tensor([1.0, 0.125])}), min_weight=0.25
     )[1]
     assert len(unmixed_target["boxes"]) == len(unmixed_target["masks"]) == 1
+
+
+def test_weights_are_float32_whatever_they_were():
+    first = {"boxes": torch.zeros(2, 4), "weights": torch.tensor([0.5, 0.1], dtype=torch.float64)}
+    weights = merge_targets(first, {"boxes": torch.zeros(1, 4), "weights": [0.5]}, 0.5, (4, 4))["weights"]
+    assert weights.dtype == torch.float32
+    assert torch.equal(weights, torch.tensor([0.25, 0.05, 0.25]))
+    with pytest.raises(ValueError, match=r"lie in \[0, 1\], but it is -0.5"):
+        merge_targets(first, first, -0.5, (4, 4))
 
 
 def test_shares_of_their_own_weigh_the_boxes():
@@ -268,6 +279,7 @@ def test_shares_of_their_own_weigh_the_boxes():
             r"'keypoints' .* shape \(3, 3\) in the first target and \(17, 3\) in the",
         ),
         ({"area": torch.zeros(3, device="meta")}, "'area' must be on one device, but is on cpu .* and on meta"),
+        ({"masks": torch.zeros(3, 12, 20)}, r"'masks' must fit on the canvas of \(12, 16\), but is of size \(12, 20\)"),
         ({"masks": torch.zeros(3, 20, 16)}, r"'masks' must fit on the canvas of \(12, 16\), but is of size \(20, 16\)"),
     ],
 )
@@ -300,6 +312,8 @@ def test_a_box_that_torchvision_drops_after_a_mix_takes_its_weight_along():
         assert torch.equal(new["source"], target["source"][rows])
         assert torch.equal(new["area"], target["area"][rows])
         assert all(len(new[key]) == len(rows) for key in ("boxes", "masks", "keypoints", "iscrowd"))
+        assert isinstance(new["boxes"], tv_tensors.BoundingBoxes)
+        assert isinstance(new["masks"], tv_tensors.Mask)
     assert len(counts) > 2
 
 

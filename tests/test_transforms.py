@@ -1,15 +1,17 @@
 import copy
 import os
 import pickle
+import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import distributed
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from detmix import MixUp
+from detmix import MixUp, transforms
 from detmix.functional import Mix, mixup_batch
 from detmix.pairing import PAIRINGS
 from tests.conftest import DEVICES, assert_same, make_sample, without_waiting
@@ -101,6 +103,7 @@ def test_a_pairing_of_the_users_decides():
     _, mixed = MixUp(pairing=lambda targets, pool, rng: [4, 4, -1, 4, 3])(images, targets)
     assert [target["partner"] for target in mixed] == [4, 4, -1, 4, 3]
     assert (mixed[2]["lam"], mixed[2]["shares"]) == (1.0, (1.0, 0.0))
+    assert MixUp(pairing=lambda targets, pool, rng: [-1]).make_params([{}]) == [Mix()]
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -112,6 +115,7 @@ def test_partners_come_from_a_pool_without_labels(stacked):
         assert 0 <= target["partner"] < 3
         assert target["weights"].tolist() == [target["lam"]] * len(targets[i]["boxes"])
         assert not torch.equal(out[i], images[i])
+    assert MixUp()(images[:1], targets[:1], pool=(pool, [{}] * 3))[1][0]["partner"] >= 0
 
 
 def test_a_batch_of_one_and_an_empty_one_stay_as_they_are(sample):
@@ -241,6 +245,32 @@ def test_ranks_draw_apart_with_the_same_seed_of_torch(monkeypatch):
     assert plans[0] == plans[1] != plans[2]
 
 
+def test_the_rank_is_that_of_the_process_group_once_there_is_one(monkeypatch):
+    mixup = MixUp(seed=3)
+    alone = copy.deepcopy(mixup).make_rng().random()
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_rank", lambda: 2)
+    grouped = mixup.make_rng().random()
+    monkeypatch.undo()
+    monkeypatch.setenv("RANK", "2")
+    assert alone != grouped == MixUp(seed=3).make_rng().random()
+
+
+def test_a_worker_knows_the_rank_of_its_parent_and_draws_apart_from_its_siblings(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    mixup = MixUp(seed=3)
+    monkeypatch.setenv("RANK", "2")
+    mixup.set_epoch(0)
+    expected = copy.deepcopy(mixup).make_rng("sample", 5).random()
+    monkeypatch.delenv("RANK")
+    plans = []
+    for worker in (0, 1):
+        monkeypatch.setattr(transforms, "get_worker_info", lambda worker=worker: types.SimpleNamespace(id=worker))
+        assert mixup.make_rng("sample", 5).random() == expected
+        plans.append(plan(copy.deepcopy(mixup)))
+    assert plans[0] != plans[1]
+
+
 def test_state_saved_in_the_middle_of_an_epoch_goes_on_there(tmp_path):
     mixup = MixUp(seed=3, start=1)
     mixup.set_epoch(2)
@@ -250,9 +280,9 @@ def test_state_saved_in_the_middle_of_an_epoch_goes_on_there(tmp_path):
     expected = [plan(mixup) for _ in range(3)]
     restored = MixUp(seed=3, start=1)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.epoch == 2
     restored.set_epoch(2)  # as a loop does that starts the epoch it has loaded
     assert [plan(restored) for _ in range(3)] == expected
-    assert restored.epoch == 2
 
 
 def test_an_epoch_starts_its_count_anew():
@@ -292,6 +322,14 @@ def test_the_schedule_reaches_a_collate_function_in_running_workers(workers):
         counts.append(sum(target["partner"] >= 0 for targets in loader for target in targets))
     COLLATE_MIXUP.set_epoch(0)
     assert counts == [0, 8, 8, 0]
+
+
+def test_keys_of_the_users_own_are_joined_if_named():
+    images, targets = batch((2, 1), SIZES[:2])
+    targets = [target | {"angle": torch.arange(len(target["boxes"]))} for target in targets]
+    assert MixUp(box_keys=["angle"])(images, targets)[1][0]["angle"].tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"'angle' has one entry per box .* add it to box_keys"):
+        MixUp()(images, targets)
 
 
 def test_mixing_leaves_the_batch_alone():
@@ -371,7 +409,7 @@ def test_labels_of_classes_mix_without_waiting_for_the_device(device):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"alpha": 0.0}, "alpha must be positive and finite, but it is 0.0"),
+        ({"alpha": 0.0}, "alpha must be positive and finite, one number or two, but it is 0.0"),
         ({"alpha": float("inf")}, "alpha must be .* inf"),
         ({"alpha": (1.0, -1.0)}, r"alpha must be .* \(1.0, -1.0\)"),
         ({"alpha": (1.0, 1.0, 1.0)}, "alpha must be"),

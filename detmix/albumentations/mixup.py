@@ -1,149 +1,17 @@
-"""Mixup and Albumentations: pipelines that keep weights beside their boxes, and `MixUp` as one of their transforms."""
+"""Mixup as a transform of an Albumentations pipeline."""
 
-import os
-import random
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the network for a newer release
-
 import albumentations as A
 import numpy as np
-import PIL.Image
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as TF
 
-from detmix.checks import check_target
-from detmix.fields import keys_per_box, like, take
-from detmix.functional import BOX_KEYS, Sample, Target, blend_images
-
-Array = np.ndarray[Any, Any]
-
-IMAGE_DTYPES = ("uint8", "float32")  # with another, about every second transform of Albumentations fails
-
-
-class AlbumentationsTransform:
-    """An Albumentations pipeline for detection samples, in which weights, and all else, stay with their boxes.
-
-    A box that the pipeline drops takes its label, weight, mask, keypoints and every other per-box entry along. Draws
-    follow torch's generator, so ``torch.manual_seed`` and the seeds of `DataLoader` workers govern them; Albumentations
-    alone would repeat the same draws in every worker.
-
-    Keypoints that leave the image stay, with visibility 0 where they have one, so that each box keeps its K.
-    Albumentations does not swap left and right keypoints when it flips.
-
-    Args:
-        transforms: Albumentations transforms, run one after the other.
-        min_area: A box with less area than this afterwards, in square pixels, is dropped.
-        min_visibility: So is one of which a smaller share than this, 0 to 1, is left inside the image.
-        box_keys: Names of further target keys with one entry per box, besides `detmix.functional.BOX_KEYS`.
-
-    Example:
-        >>> import albumentations as A
-        >>> flip = AlbumentationsTransform([A.HorizontalFlip(p=1.0)])
-        >>> target = {
-        ...     "boxes": torch.tensor([[0.0, 0.0, 2.0, 4.0]]),
-        ...     "labels": torch.tensor([3]),
-        ...     "weights": torch.tensor([0.25]),
-        ... }
-        >>> image, target = flip(torch.zeros(3, 8, 10, dtype=torch.uint8), target)
-        >>> target["boxes"], target["weights"]
-        (tensor([[ 8.,  0., 10.,  4.]]), tensor([0.2500]))
-    """
-
-    def __init__(
-        self,
-        transforms: Sequence[A.BasicTransform | A.BaseCompose],
-        *,
-        min_area: float = 1.0,
-        min_visibility: float = 0.0,
-        box_keys: Iterable[str] = (),
-    ) -> None:
-        self.box_keys = BOX_KEYS | frozenset(box_keys)
-        with warnings.catch_warnings():
-            # A pipeline that changes pixels alone is sound; Albumentations warns that it leaves the boxes alone.
-            warnings.filterwarnings("ignore", "Got processor for")
-            self.pipeline = A.Compose(
-                list(transforms),
-                bbox_params=A.BboxParams(
-                    format="pascal_voc",
-                    label_fields=["rows"],
-                    min_area=min_area,
-                    min_visibility=min_visibility,
-                    clip=True,
-                ),
-                keypoint_params=A.KeypointParams(format="xy", remove_invisible=False),
-            )
-
-    def __call__(self, image: Tensor | PIL.Image.Image | Array, target: Target) -> Sample:
-        """Transform a sample.
-
-        Args:
-            image: Image ``(C, H, W)`` on the CPU, PIL image, or array ``(H, W, C)`` or ``(H, W)``; uint8, or float32
-                in [0, 1].
-            target: Target with ``boxes`` ``(num_boxes, 4)``; optionally ``masks`` ``(num_boxes, H, W)`` and
-                ``keypoints`` ``(num_boxes, K, 3)`` or `tv_tensors.KeyPoints` ``(num_boxes, K, 2)``, which are
-                transformed, and other per-box keys, which are filtered.
-
-        Returns:
-            A new image, `tv_tensors.Image` unless a plain tensor came, and a new target; the inputs are left alone.
-
-        Raises:
-            ValueError: if Albumentations cannot take the image or the boxes, or the target is inconsistent.
-            TypeError: if the target is no dict, or its boxes, masks or keypoints are no tensor.
-        """
-        if isinstance(image, np.ndarray):
-            image = _writable(image)
-        image = image if isinstance(image, Tensor) else TF.to_image(image)
-        self._check(image, target)
-        seed = int(torch.randint(2**63 - 1, ()))
-        self.pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
-        boxes = _xyxy(target["boxes"])
-        arrays = {"image": image.permute(1, 2, 0).numpy(), "bboxes": boxes.numpy(), "rows": np.arange(len(boxes))}
-        masks, keypoints = target.get("masks"), target.get("keypoints")
-        if masks is not None and len(masks):
-            arrays["masks"] = (masks.to(torch.uint8) if masks.dtype == torch.bool else masks).numpy()
-        arrays["keypoints"] = np.zeros((0, 2)) if keypoints is None else keypoints[..., :2].reshape(-1, 2).numpy()
-        out = self.pipeline(**arrays)
-
-        image = like(torch.from_numpy(np.array(out["image"], order="C")).permute(2, 0, 1).contiguous(), image)
-        size = (image.shape[-2], image.shape[-1])
-        rows = torch.as_tensor(np.asarray(out["rows"], dtype=np.int64))
-        per_box = keys_per_box(target, self.box_keys)
-        new = {key: take(value, rows) if key in per_box else value for key, value in target.items()}
-        left = torch.as_tensor(np.asarray(out["bboxes"], dtype=np.float32)).reshape(-1, 4).to(boxes.dtype)
-        new["boxes"] = _from_xyxy(left, target["boxes"], size)
-        if masks is not None:
-            moved = torch.from_numpy(np.ascontiguousarray(out["masks"])) if len(masks) else masks.new_zeros(0, *size)
-            new["masks"] = like(moved[rows].to(masks.dtype), masks)
-        if keypoints is not None:
-            moved = _moved_keypoints(keypoints, np.asarray(out["keypoints"]), size)[rows]
-            new["keypoints"] = like(moved, keypoints, size)
-        if "area" in target:
-            new["area"] = new["area"] * _areas(left) / _areas(boxes[rows]).clamp(min=1e-6)
-        return image, new
-
-    def _check(self, image: Tensor, target: Target) -> None:
-        if image.device.type != "cpu":
-            raise ValueError(f"image must be on the CPU, where Albumentations works, but is on {image.device}.")
-        if str(image.dtype).removeprefix("torch.") not in IMAGE_DTYPES:
-            raise ValueError(f"image must be {' or '.join(IMAGE_DTYPES)} for Albumentations, but is {image.dtype}.")
-        check_target(target, where="the target", image=image)
-        boxes = target["boxes"]
-        if isinstance(boxes, tv_tensors.BoundingBoxes) and tv_tensors.is_rotated_bounding_format(boxes.format):
-            raise ValueError(f"Albumentations has no rotated boxes, but the boxes have format {boxes.format.name}.")
-        if len(boxes) and boxes.shape[1] != 4:
-            raise ValueError(f"boxes must have shape (num_boxes, 4), but have {tuple(boxes.shape)}.")
-        for key in sorted(keys_per_box(target, self.box_keys)):
-            value = target[key]
-            if len(value) != len(boxes):
-                raise ValueError(f"{key!r} must have one entry for each of {len(boxes)} boxes, but has {len(value)}.")
-            if key in ("masks", "keypoints") and not isinstance(value, Tensor):
-                raise TypeError(f"{key!r} must be a tensor, but is a {type(value).__name__}.")
+from detmix.albumentations.arrays import IMAGE_DTYPES, Array, writable
+from detmix.blend import blend_images
+from detmix.laws import Law, Range, check_law, draw_lam
 
 
 class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no types
@@ -167,8 +35,8 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
     Args:
         alpha: Of the law of the sample's share, Beta(alpha, alpha), or Beta(a, b) for a pair. 1.5 is the Bag of
             Freebies' choice.
-        lam: The share itself, or both ends of a uniform law, in place of alpha's. Whatever its law, a share is rounded
-            to a multiple of 2**-24, so that it and the partner's are exact in float32.
+        lam: The law of the share in place of Beta's: a constant, ``(low, high)`` for the uniform one, or a function of
+            a `random.Random`. Draws are rounded to multiples of 2**-24, so that both shares are exact in float32.
         metadata_key: The name under which the pipeline is given the partner.
         fill: See `detmix.functional.blend_images`.
         p: The probability that a sample is mixed at all.
@@ -191,17 +59,14 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
 
     def __init__(
         self,
-        alpha: float | Sequence[float] = 1.5,
+        alpha: float | Range = 1.5,
         *,
-        lam: float | Sequence[float] | None = None,
+        lam: Law = None,
         metadata_key: str = "mixup_metadata",
         fill: float | Sequence[float] = 0.0,
         p: float = 0.5,
     ) -> None:
-        if not all(0 < value < float("inf") for value in _pair("alpha", alpha)):
-            raise ValueError(f"alpha of Beta(alpha, alpha), or of a pair, must be positive and finite, but is {alpha}.")
-        if lam is not None and not 0 <= (ends := _pair("lam", lam))[0] <= ends[1] <= 1:
-            raise ValueError(f"lam must be a share in [0, 1], or a pair (low, high) of them, but is {lam}.")
+        check_law(alpha, lam)
         if not 0 <= p <= 1:
             raise ValueError(f"p is a probability and must lie in [0, 1], but it is {p}.")
         super().__init__(p=p)
@@ -214,9 +79,7 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
 
     def draw_lam(self) -> float:
         """One share of a sample's own image."""
-        beta, uniform = self.py_random.betavariate, self.py_random.uniform
-        lam: float = beta(*_pair("alpha", self.alpha)) if self.lam is None else uniform(*_pair("lam", self.lam))
-        return round(lam * 2**24) / 2**24
+        return draw_lam(self.py_random, self.alpha, self.lam)
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
         """Draw the partner and ``lam``, and bring the partner's boxes and keypoints into Albumentations' own form."""
@@ -370,48 +233,9 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         _widen(known, values.dtype)
 
 
-def _xyxy(boxes: Tensor) -> Tensor:
-    if isinstance(boxes, tv_tensors.BoundingBoxes):
-        boxes = TF.convert_bounding_box_format(boxes, new_format=tv_tensors.BoundingBoxFormat.XYXY)
-    return boxes.as_subclass(Tensor).reshape(-1, 4)
-
-
-def _from_xyxy(boxes: Tensor, like: Tensor, size: tuple[int, int]) -> Tensor:
-    if not isinstance(like, tv_tensors.BoundingBoxes):
-        return boxes
-    wrapped = tv_tensors.BoundingBoxes(boxes, format=tv_tensors.BoundingBoxFormat.XYXY, canvas_size=size)
-    converted: Tensor = TF.convert_bounding_box_format(wrapped, new_format=like.format)
-    return converted
-
-
-def _areas(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).prod(1)
-
-
-def _moved_keypoints(keypoints: Tensor, points: Array, size: tuple[int, int]) -> Tensor:
-    xy = torch.as_tensor(points[:, :2].astype(np.float32)).reshape(*keypoints.shape[:-1], 2).to(keypoints.dtype)
-    if keypoints.shape[-1] == 2:
-        return xy
-    inside = (xy >= 0).all(-1) & (xy < torch.tensor([size[1], size[0]])).all(-1)
-    return torch.cat([xy, torch.where(inside, keypoints[..., 2], 0)[..., None]], -1)
-
-
-def _writable(image: Array) -> Array:
-    # torch cannot take an array with negative strides, such as a flipped one, and warns of a read-only one
-    return np.require(image, requirements=["C", "W"])
-
-
 def _channels_first(image: Array) -> Tensor:
-    tensor = torch.from_numpy(_writable(image))
+    tensor = torch.from_numpy(writable(image))
     return tensor.permute(2, 0, 1) if image.ndim == 3 else tensor[None]
-
-
-def _pair(name: str, value: Any) -> tuple[float, float]:
-    if isinstance(value, Real):
-        return float(value), float(value)
-    if not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{name} must be a number or a pair of numbers, but is {value!r}.")
-    return value[0], value[1]
 
 
 def _join(first: Array, second: Array) -> Array:
