@@ -83,6 +83,8 @@ def blend_batch(
     entries = images.as_subclass(Tensor)
     seconds = entries if pool is None else pool
     _check_batch(entries, partners, lams, seconds)
+    if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
+        return like(_blend_at_once(entries, partners, lams, seconds), images)
     out = entries if inplace else entries.clone()
     level = _level(fill, entries[0]) if entries.ndim == 4 and len(entries) else entries.new_zeros(())
     aliased = inplace and pool is None
@@ -129,22 +131,38 @@ def _check_batch(
         check_lam(lam)
         if not -1 <= j < len(seconds):
             raise ValueError(f"partner {i} must be -1 or below the {len(seconds)} there are, but it is {j}.")
-        if j < 0:
-            continue
-        first, second = entries[i], seconds[j]
+    used = sorted({j for j in partners if j >= 0})
+    for j in used[:1] if isinstance(seconds, Tensor) else used:  # those of a tensor are all alike
+        first, second = entries[0], seconds[j]
         if first.ndim == 3 and second.ndim == 3:
             if second.shape[-2] > first.shape[-2] or second.shape[-1] > first.shape[-1]:
                 raise ValueError(
                     f"image {j} of the pool must be no larger than those of the batch tensor, {tuple(first.shape)}, "
                     f"but is {tuple(second.shape)}: resize it, or give the batch as a list of images."
                 )
-            _check_pair(first, second, f"entry {i} of the batch and its partner {j}")
+            _check_pair(first, second, f"the entries of the batch and their partner {j}")
         elif first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
             raise ValueError(
-                f"entry {i} of the batch and its partner {j} must agree in shape, dtype and device, but are "
+                f"the entries of the batch and their partner {j} must agree in shape, dtype and device, but are "
                 f"{tuple(first.shape)} {first.dtype} {first.device} and {tuple(second.shape)} {second.dtype} "
                 f"{second.device}."
             )
+
+
+def _are_small(entries: Tensor, seconds: Tensor) -> bool:
+    # One kernel for all costs a copy of the partners, one for each entry its launch: rows of a table want the former.
+    # It takes the shares as a tensor of the entries' dtype, which half precision would round.
+    dtypes = (torch.float32, torch.float64)
+    return entries.shape[1:] == seconds.shape[1:] and 0 < entries[:1].numel() <= 2**14 and entries.dtype in dtypes
+
+
+def _blend_at_once(entries: Tensor, partners: Sequence[int], lams: Sequence[float], seconds: Tensor) -> Tensor:
+    rows = torch.tensor([max(j, 0) for j in partners])
+    shares = torch.tensor(
+        [0.0 if j < 0 else 1 - lam for j, lam in zip(partners, lams, strict=True)], dtype=entries.dtype
+    )
+    rows, shares = (values.to(entries.device, non_blocking=True) for values in (rows, shares))
+    return torch.lerp(entries, seconds.as_subclass(Tensor)[rows], shares.reshape(-1, *[1] * (entries.ndim - 1)))
 
 
 def _order(partners: Sequence[int]) -> list[tuple[int, bool]]:

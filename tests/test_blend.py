@@ -199,6 +199,15 @@ def test_entries_of_any_modality_blend():
     assert isinstance(blend_batch(tv_tensors.Image(torch.rand(2, 3, 4, 4)), [1, 0], [0.5, 0.5]), tv_tensors.Image)
 
 
+def test_images_beyond_the_size_that_is_blended_at_once_are_blended_alike():
+    for size in (2, 80):  # 3 x 80 x 80 entries are more than 2**14
+        images = random_image((4, 3, size, size), torch.float32)
+        out = blend_batch(images, [2, -1, 3, 1], [0.25, 1.0, 0.7, 0.5])
+        assert torch.equal(out[0], blend_images(images[0], images[2], 0.25))
+        assert torch.equal(out[1], images[1])
+        assert torch.equal(out[2], blend_images(images[2], images[3], 0.7))
+
+
 def test_smaller_images_of_a_pool_lie_at_the_top_left():
     images, pool = random_image((2, 3, 6, 8), torch.uint8), [random_image((3, 4, 5), torch.uint8, 1)]
     out = blend_batch(images, [0, -1], [0.25, 1.0], pool=pool, fill=9)
@@ -213,8 +222,9 @@ def test_smaller_images_of_a_pool_lie_at_the_top_left():
         ({"partners": [2, 0]}, "partner 0 must be -1 or below the 2 there are, but it is 2"),
         ({"partners": [1, -2]}, "partner 1 must be .* it is -2"),
         ({"lams": [0.5, 2.0]}, "but it is 2.0"),
-        ({"pool": torch.rand(2, 3, 9, 4)}, r"image 1 of the pool must be no larger .*\(3, 4, 4\), but is \(3, 9, 4\)"),
-        ({"pool": torch.rand(2, 1, 4, 4)}, "entry 0 of the batch and its partner 1 must agree in channels"),
+        ({"pool": torch.rand(2, 3, 9, 4)}, r"image 0 of the pool must be no larger .*\(3, 4, 4\), but is \(3, 9, 4\)"),
+        ({"pool": torch.rand(2, 1, 4, 4)}, "the entries of the batch and their partner 0 must agree in channels"),
+        ({"pool": [torch.rand(3, 4, 4), torch.rand(3, 4, 5)]}, r"image 1 of the pool must be no larger"),
         ({"pool": torch.rand(2, 7)}, r"agree in shape, dtype and device, but are \(3, 4, 4\) .* and \(7,\)"),
     ],
 )

@@ -153,7 +153,7 @@ def _as_target(target: Any, names: Any) -> Any:
         return {}
     if isinstance(target, tv_tensors.BoundingBoxes):
         return {"boxes": target}
-    if isinstance(target, tuple) and not isinstance(names, str) and len(target) == len(names):
+    if isinstance(target, tuple) and len(target) == len(names):
         target = dict(zip(names, target, strict=True))
     if isinstance(target, dict) and "boxes" not in target:
         boxes = [key for key, value in target.items() if isinstance(value, tv_tensors.BoundingBoxes)]

@@ -151,7 +151,10 @@ def test_a_partner_meets_the_condition_or_the_sample_stays_unmixed(pairing):
 def test_a_function_chooses_the_partner():
     dataset = MixUpDataset(Samples(6), partner=lambda index, rng: rng.choice([(index + 1) % 6, (index - 1) % 6]))
     assert {dataset[3][1]["partner"] for _ in range(30)} == {2, 4}
-    assert MixUpDataset(Samples(6), partner=lambda index, rng: -1)[3][1]["partner"] == -1
+    alone = MixUpDataset(Samples(6), partner=lambda index, rng: -1)[3]
+    assert (alone[1]["partner"], alone[1]["lam"]) == (-1, 1.0)
+    assert torch.equal(alone[0], Samples()[3][0])
+    assert MixUpDataset(Samples(6), pool=Samples(6), partner=lambda index, rng: index)[3][1]["partner"] == 3
     for choice in (3, 6, -2):
         with pytest.raises(ValueError, match=f"another of 6 samples, but chose {choice} for sample 3"):
             MixUpDataset(Samples(6), partner=lambda index, rng, choice=choice: choice)[3]
@@ -184,11 +187,18 @@ def test_images_that_are_no_tensors_become_some(kind):
     assert np.array_equal(mixed.numpy(), expected.transpose(2, 0, 1) if expected.ndim == 3 else expected[None])
 
 
+def test_tensors_keep_their_type():
+    target = {"boxes": torch.zeros(0, 4)}
+    assert type(MixUpDataset([(torch.zeros(3, 4, 4), target)] * 2)[0][0]) is torch.Tensor
+    assert type(MixUpDataset([(tv_tensors.Image(torch.zeros(3, 4, 4)), target)] * 2)[0][0]) is tv_tensors.Image
+
+
 def test_indices_count_from_the_end_and_stop_at_it():
     dataset = MixUpDataset(Samples(), MixUp(p=0.0))
     assert dataset[-1][1]["image_id"] == 11
-    with pytest.raises(IndexError, match="index 12 is outside a dataset of 12 samples"):
-        dataset[12]
+    for index in (12, -13):
+        with pytest.raises(IndexError, match=f"index {index} is outside a dataset of 12 samples"):
+            dataset[index]
     assert len(list(dataset)) == 12
 
 
