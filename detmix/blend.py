@@ -99,7 +99,12 @@ def blend_batch(
 
 
 def canvas_size(first: Tensor, second: Tensor) -> tuple[int, int]:
-    """The (height, width) of the smallest canvas that holds both images at its top left."""
+    """The (height, width) in pixels of the smallest canvas that holds both images at its top left.
+
+    Example:
+        >>> canvas_size(torch.zeros(3, 4, 9), torch.zeros(3, 6, 2))
+        (6, 9)
+    """
     return max(first.shape[-2], second.shape[-2]), max(first.shape[-1], second.shape[-1])
 
 

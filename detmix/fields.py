@@ -82,7 +82,10 @@ def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
     if not isinstance(first, Tensor) and not isinstance(second, Tensor):
         return np.concatenate([first, second]) if isinstance(first, np.ndarray) else [*first, *second]
     tensor = first if isinstance(first, Tensor) else second
-    pair = [part if isinstance(part, Tensor) else torch.as_tensor(part).to(tensor.device) for part in (first, second)]
+    pair = [
+        part if isinstance(part, Tensor) else torch.as_tensor(part).to(tensor.device, non_blocking=True)
+        for part in (first, second)
+    ]
     first, second = pair
     if first.device != second.device:
         raise ValueError(

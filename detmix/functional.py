@@ -39,7 +39,12 @@ Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
 
 
 class Mix(NamedTuple):
-    """What is done to one sample, drawn before anything is done: plain numbers, to log, to store and to replay."""
+    """What is done to one sample, drawn before anything is done: plain numbers, to log, to store and to replay.
+
+    Example:
+        >>> Mix(partner=1, lam=0.75, shares=(0.75, 0.25))
+        Mix(partner=1, lam=0.75, shares=(0.75, 0.25), placement=None)
+    """
 
     partner: int = -1
     """The index of the sample it is mixed with; -1 for one that is left as it is."""

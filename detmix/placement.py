@@ -15,7 +15,12 @@ from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, take
 
 
 class Placement(NamedTuple):
-    """Where the second image lies on the first's canvas: plain numbers that fit images of any size."""
+    """Where the second image lies on the first's canvas: plain numbers that fit images of any size.
+
+    Example:
+        >>> Placement(scale=0.5, x=1.0, y=0.0)  # half as large as fits, in the upper right corner
+        Placement(scale=0.5, x=1.0, y=0.0)
+    """
 
     scale: float
     """Its size, as a multiple of the largest at which the whole image fits onto the canvas."""

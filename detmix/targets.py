@@ -40,7 +40,7 @@ def merge_targets(
         shares: What the weights of the first's and the second's boxes are multiplied by; ``(lam, 1 - lam)`` if
             ``None``.
         min_weight: Boxes that would weigh less are dropped. On CUDA that waits for the device if a target comes with
-            weights of its own.
+            weights of its own, or with lists.
         box_keys: The names of the keys that have one entry per box.
 
     Returns:

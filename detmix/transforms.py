@@ -56,7 +56,7 @@ class MixUp(nn.Module):
             loss [F. Huszar, "mixup: Data-dependent Data Augmentation", 2017]. ``"ones"`` leaves weights as they are, as
             YOLOX and mmdetection do.
         min_weight: Boxes that would weigh less are dropped; the objects are background then. Waits for a CUDA device
-            only if targets come with weights.
+            only if targets come with weights, or with lists.
         pairing: ``"rotation"`` of the batch by a random number of places, ``"permutation"``, ``"reversal"``, or for
             each sample a random one of those that are there (``"random"``), that have boxes (``"with_boxes"``), a class
             in common (``"same_class"``) or none (``"different_class"``); or a function of ``(targets, pool, rng)``, see

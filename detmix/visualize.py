@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, make_grid
 
@@ -29,8 +30,8 @@ def draw_sample(
 
     Args:
         image: Image ``(3, H, W)`` or ``(1, H, W)``, uint8 or floating point in [0, 1].
-        target: Dict with ``boxes`` ``(num_boxes, 4)``, XYXY in pixels; optionally ``labels``, ``weights``, ``scores``,
-            ``source``.
+        target: Dict with ``boxes`` ``(num_boxes, 4)``, XYXY in pixels, or `tv_tensors.BoundingBoxes` of any format;
+            optionally ``labels``, ``weights``, ``scores``, ``source``.
         class_names: The names of classes 1, 2, ...; numbers if ``None``.
         size: The image is scaled so that its longer side has this many pixels.
         colors: One for each source.
@@ -48,7 +49,7 @@ def draw_sample(
     canvas = (round(image.shape[-2] * scale), round(image.shape[-1] * scale))
     pixels = TF.to_dtype(image, torch.uint8, scale=True).expand(3, -1, -1)
     picture: Tensor = TF.resize(pixels, list(canvas), antialias=True)
-    boxes = target["boxes"].as_subclass(Tensor).detach().cpu() * scale
+    boxes = _corners(target["boxes"]).detach().cpu() * scale
     if not len(boxes):
         return picture
     sources = target["source"].tolist() if "source" in target else [0] * len(boxes)
@@ -82,6 +83,13 @@ def draw_grid(pictures: Sequence[Tensor], columns: int = 3) -> Tensor:
     cells = [F.pad(picture, (0, width - picture.shape[2], 0, height - picture.shape[1])) for picture in pictures]
     grid: Tensor = make_grid(cells, nrow=min(columns, len(cells)), padding=2, pad_value=64)
     return grid
+
+
+def _corners(boxes: Tensor) -> Tensor:
+    if isinstance(boxes, tv_tensors.BoundingBoxes):
+        rotated = tv_tensors.is_rotated_bounding_format(boxes.format)
+        boxes = TF.convert_bounding_box_format(boxes, new_format="XYXYXYXY" if rotated else "XYXY")
+    return boxes.as_subclass(Tensor)
 
 
 def _labels(target: Target, class_names: Sequence[str] | None) -> list[str]:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from PIL import ImageColor
+from torchvision import tv_tensors
 
 from detmix.visualize import SOURCE_COLORS, draw_grid, draw_sample
 
@@ -20,6 +21,23 @@ def test_boxes_have_the_colour_of_the_image_they_came_from():
     assert color_at(picture, 20, 80) == ImageColor.getrgb(SOURCE_COLORS[0])
     assert color_at(picture, 120, 80) == ImageColor.getrgb(SOURCE_COLORS[1])
     assert color_at(picture, 190, 190) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("box_format", "columns"),
+    [
+        ("XYWH", [10.0, 20.0, 40.0, 30.0]),
+        ("CXCYWH", [30.0, 35.0, 40.0, 30.0]),
+        ("CXCYWHR", [30.0, 35.0, 40.0, 30.0, 0.0]),
+        ("XYXYXYXY", [10.0, 20.0, 50.0, 20.0, 50.0, 50.0, 10.0, 50.0]),
+    ],
+)
+def test_boxes_of_any_format_are_drawn_where_they_are(box_format, columns):
+    boxes = tv_tensors.BoundingBoxes([columns], format=box_format, canvas_size=(100, 100))
+    picture = draw_sample(torch.zeros(3, 100, 100), {"boxes": boxes}, size=200)
+    rows, columns = (picture.sum(0) > 0).nonzero().T
+    edges = [columns.min(), rows.min(), columns.max(), rows.max()]
+    assert all(abs(int(edge) - 2 * place) <= 1 for edge, place in zip(edges, (10, 20, 50, 50), strict=True))
 
 
 def test_the_label_says_class_and_weight():
