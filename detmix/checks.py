@@ -82,7 +82,8 @@ def check_batch(
         where: How the error calls a target, before its index.
 
     Raises:
-        ValueError: if there are not as many targets as images, and as `check_target`.
+        ValueError: if there are not as many targets as images, an image is not ``(C, H, W)``, and as `check_target`.
+        TypeError: if an image is no tensor, and as `check_target`.
 
     Example:
         >>> import torch
@@ -95,6 +96,10 @@ def check_batch(
             f"images and targets must be of one length, but there are {len(images)} images and {len(targets)} targets."
         )
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image of {where} {i} must be a tensor (C, H, W), but it is a {type(image).__name__}.")
+        if image.ndim != 3:
+            raise ValueError(f"image of {where} {i} must have shape (C, H, W), but has {tuple(image.shape)}.")
         check_target(target, where=f"{where} {i}", image=image, num_classes=num_classes)
 
 

@@ -211,12 +211,14 @@ class MixUp(nn.Module):
             targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and what else belongs to each box; or class
                 labels, integers ``(B,)`` or shares ``(B, num_classes)``.
             params: A plan, to replay; drawn with `make_params` if ``None``.
-            pool: Images and targets that the partners are taken from, such as images without labels and a ``{}`` for
-                each; the batch itself if ``None``.
+            pool: Images and targets that the partners are taken from, the targets ``None`` for images without labels; the
+                batch itself if ``None``.
 
         Returns:
             Images, a tensor for a tensor and a list for a sequence, and new targets, or soft labels.
         """
+        if pool is not None and pool[1] is None:
+            pool = (pool[0], [{}] * len(pool[0]))
         plan = self.make_params(targets, None if pool is None else pool[1]) if params is None else params
         if not isinstance(targets, Tensor):
             options: dict[str, Any] = {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}

@@ -49,6 +49,14 @@ def test_a_batch_of_mismatched_lengths_is_named(sample):
         check_batch([image, image], [target])
 
 
+def test_an_image_that_is_none_is_named(sample):
+    image, target = sample(1)
+    with pytest.raises(TypeError, match=r"image of target 1 must be a tensor \(C, H, W\), but it is a ndarray"):
+        check_batch([image, image.numpy()], [target, target])
+    with pytest.raises(ValueError, match=r"image of target 0 must have shape \(C, H, W\), but has \(12, 16\)"):
+        check_batch([image[0], image], [target, target])
+
+
 def test_a_batch_names_the_target_by_its_index(sample):
     (image, target), other = sample(2), sample(2)
     samples = [other, (image, {**target, "labels": torch.tensor([1])})]

@@ -110,7 +110,7 @@ def test_a_pairing_of_the_users_decides():
 def test_partners_come_from_a_pool_without_labels(stacked):
     images, targets = batch((2, 1), [(12, 16)] * 2)
     pool = [make_sample(0, size)[0] for size in ((12, 16), (10, 9), (4, 16))]
-    out, mixed = MixUp()(torch.stack(images) if stacked else images, targets, pool=(pool, [{}] * 3))
+    out, mixed = MixUp()(torch.stack(images) if stacked else images, targets, pool=(pool, None))
     for i, target in enumerate(mixed):
         assert 0 <= target["partner"] < 3
         assert target["weights"].tolist() == [target["lam"]] * len(targets[i]["boxes"])
