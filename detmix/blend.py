@@ -187,6 +187,8 @@ def _order(partners: Sequence[int]) -> list[tuple[int, bool]]:
 
 
 def _level(fill: float | Sequence[float], image: Tensor) -> Tensor:
+    if image.dtype == torch.bool or image.is_complex():
+        raise ValueError(f"images must be integer or floating point to be blended, but are {image.dtype}.")
     values = list(fill) if isinstance(fill, Sequence) else [fill]
     if len(values) not in (1, image.shape[0]):
         raise ValueError(f"fill must be one number or one for each of {image.shape[0]} channels, but it is {fill}.")

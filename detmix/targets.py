@@ -96,7 +96,7 @@ def unmixed_target(
 
 def annotated(image: Tensor, target: Target) -> Target:
     """A target with boxes: one that holds no entries at all is that of an image without any."""
-    if not isinstance(target, Mapping) or "boxes" in target or any(is_list(value) for value in target.values()):
+    if not isinstance(target, Mapping) or "boxes" in target or any(map(_has_content, target.values())):
         return target
     boxes = torch.zeros(0, 4, device=image.device)
     labels = torch.zeros(0, dtype=torch.int64, device=image.device)
@@ -138,6 +138,10 @@ def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Te
                 f"{type(value).__name__}."
             )
     return tuple(value for value in fields.values() if not isinstance(value, tv_tensors.Mask))
+
+
+def _has_content(value: Any) -> bool:
+    return is_list(value) or isinstance(value, Mapping)  # such as the annotation of an unwrapped VOCDetection
 
 
 def _completed(first: Target, second: Target, box_keys: Collection[str]) -> list[Target]:

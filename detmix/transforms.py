@@ -211,8 +211,8 @@ class MixUp(nn.Module):
             targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and what else belongs to each box; or class
                 labels, integers ``(B,)`` or shares ``(B, num_classes)``.
             params: A plan, to replay; drawn with `make_params` if ``None``.
-            pool: Images and targets that the partners are taken from, the targets ``None`` for images without labels; the
-                batch itself if ``None``.
+            pool: Images and targets that the partners are taken from, the targets ``None`` if there are none; the batch
+                itself if ``None``.
 
         Returns:
             Images, a tensor for a tensor and a list for a sequence, and new targets, or soft labels.

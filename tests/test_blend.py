@@ -142,6 +142,14 @@ def test_images_that_do_not_go_together_are_named(first, second, lam, message):
         blend_images(first, second, lam)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.complex64])
+def test_what_has_no_levels_is_named(dtype):
+    images = torch.ones(2, 3, 4, 4, dtype=dtype)
+    for blend in (lambda: blend_images(*images, 0.5), lambda: blend_batch(images, [1, 0], [0.5, 0.5])):
+        with pytest.raises(ValueError, match=f"images must be integer or floating point .* but are {dtype}"):
+            blend()
+
+
 @pytest.mark.parametrize(
     ("fill", "dtype", "message"),
     [

@@ -58,6 +58,8 @@ class DetectionData(L.LightningDataModule):
         mixup: MixUp | None = None,
     ) -> None:
         super().__init__()
+        if mixup is not None and mixup.inplace:
+            raise ValueError("inplace of mixup must be false, since images of different sizes are mixed as a list.")
         self.root = root
         self.splits = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
         self.batch_size = batch_size

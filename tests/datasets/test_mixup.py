@@ -219,6 +219,8 @@ def test_what_gives_no_pairs_is_named():
         MixUpDataset([(torch.zeros(3, 4, 4), [{"bbox": [1, 2, 3, 4]}])])[0]
     with pytest.raises(ValueError, match=r"sample 0 of list must hold 'boxes', but it holds \['bboxes'\]"):
         MixUpDataset([(torch.zeros(3, 4, 4), {"bboxes": torch.zeros(1, 4)})])[0]
+    with pytest.raises(ValueError, match=r"sample 0 of list must hold 'boxes', but it holds \['annotation'\]"):
+        MixUpDataset([(torch.zeros(3, 4, 4), {"annotation": {"object": [{"name": "cat"}]}})])[0]  # VOC's, unwrapped
     for pairing in ("reversal", "permutation", lambda targets, pool, rng: []):
         with pytest.raises(ValueError, match=r"for single samples, but it is .*, which pairs a batch"):
             MixUpDataset(Samples(), MixUp(pairing=pairing))
