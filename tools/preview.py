@@ -1,8 +1,13 @@
-"""Draw mixed training samples without training: ``tools/preview.py --config configs/demo.yaml``."""
+"""Draw mixed training samples without training: ``tools/preview.py --config configs/demo.yaml``.
+
+``--replay preview.json`` draws again what the record beside a picture says.
+"""
 
 import sys
+from pathlib import Path
 
 from detmix.training.cli import PreviewCLI
 
 if __name__ == "__main__":
-    sys.stdout.write(f"Drew {PreviewCLI().output}\n")
+    output = Path(PreviewCLI().output)
+    sys.stdout.write(f"Drew {output}; {output.with_suffix('.json')} records the mixes\n")

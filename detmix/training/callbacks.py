@@ -1,6 +1,8 @@
 """Pictures of a run: what it trained on, how it went and what it found."""
 
 import csv
+import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.functional import Target
+from detmix.functional import Mix, Target
 from detmix.visualize import draw_grid, draw_sample
 
 GROUND_TRUTH, PREDICTION = "#40ff40", "#ff40c0"
@@ -23,8 +25,9 @@ class Pictures(L.Callback):
     """Write PNG files into the run folder's ``pictures/``.
 
     ``train.png`` shows the first training batch and ``mixed.png`` the first mixed one, boxes coloured by the image they
-    came from and labelled with class and weight; ``curves.png`` the loss terms and APs so far; ``predictions.png``
-    validation images in pairs, ground truth (green) on the left and predictions (pink) on the right.
+    came from and labelled with class and weight; ``mixed.json`` records how the latter was mixed, the whole of it, for
+    ``tools/preview.py --replay``; ``curves.png`` the loss terms and APs so far; ``predictions.png`` validation images
+    in pairs, ground truth (green) on the left and predictions (pink) on the right.
 
     Args:
         num_images: The most images in a grid.
@@ -40,8 +43,10 @@ class Pictures(L.Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Draw the first batch of training and the first that is mixed."""
         images, targets = batch
-        name = "mixed.png" if any(target.get("lam", 1) < 1 for target in targets) else "train.png"
-        if not (path := self._folder(trainer) / name).exists():
+        is_mixed = any(target.get("lam", 1) < 1 for target in targets)
+        if not (path := self._folder(trainer) / ("mixed.png" if is_mixed else "train.png")).exists():
+            if is_mixed:
+                write_record(targets, path.with_suffix(".json"))
             write_samples(images[: self.num_images], targets, pl_module.class_names, path)
 
     @rank_zero_only
@@ -92,6 +97,51 @@ def write_samples(images: Sequence[Tensor], targets: Sequence[Target], class_nam
     _write([draw_sample(image, target, class_names) for image, target in zip(images, targets, strict=False)], path)
 
 
+def write_record(targets: Sequence[Target], path: Path) -> None:
+    """Record how a batch was mixed, one JSON object a sample, whole or not at all.
+
+    Args:
+        targets: All mixed targets of the batch, since a partner is an index among them.
+        path: The JSON file to write.
+    """
+    ids = [None if (image_id := target.get("image_id")) is None else int(image_id) for target in targets]
+    plan = [Mix.of(target) for target in targets]
+    # A partner that is no index among the targets, as a MixUpDataset's, must not end a training.
+    partner_ids = [ids[mix.partner] if 0 <= mix.partner < len(ids) else None for mix in plan]
+    samples = [
+        {"image_id": image_id, "partner_image_id": partner_id, **mix._asdict()}
+        for image_id, partner_id, mix in zip(ids, partner_ids, plan, strict=True)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_text("[\n" + ",\n".join(f"  {json.dumps(sample)}" for sample in samples) + "\n]\n")
+    fresh.replace(path)
+
+
+def read_record(path: Path) -> tuple[list[int], list[Mix]]:
+    """Read what `write_record` wrote.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        The image ids of the batch, and its plan.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: naming the sample, the key, its value and what was expected, if it does not hold a record.
+    """
+    try:
+        samples = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid json: {error}.") from error
+    if not (isinstance(samples, list) and samples and all(isinstance(sample, dict) for sample in samples)):
+        raise ValueError(f"{path} must hold the record of a mixed batch, a list of one object a sample.")
+    for i, sample in enumerate(samples):
+        _check_record(sample, samples, f"sample {i} of {path}")
+    return [sample["image_id"] for sample in samples], [Mix.of(sample) for sample in samples]
+
+
 def draw_curves(log: Path, path: Path) -> None:
     """Draw ``train/...`` losses and ``val/...`` APs of a CSV log over the steps into one PNG.
 
@@ -130,3 +180,30 @@ def draw_curves(log: Path, path: Path) -> None:
 def _write(pictures: Sequence[Tensor], path: Path, columns: int = 4) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     TF.to_pil_image(draw_grid(pictures, columns)).save(path)
+
+
+def _check_record(sample: dict[str, Any], samples: Sequence[dict[str, Any]], where: str) -> None:
+    if missing := [key for key in ("image_id", "partner_image_id", *Mix._fields) if key not in sample]:
+        raise ValueError(f"{where} must hold {missing}, but it holds {sorted(sample)}.")
+    partner, placement = sample["partner"], sample["placement"]
+    is_partner = type(partner) is int and -1 <= partner < len(samples)
+    partner_id = samples[partner].get("image_id") if is_partner and partner >= 0 else None
+    is_placed = isinstance(placement, list) and len(placement) == 3 and _are_numbers(placement[:1], sys.float_info.max)
+    for key, fits, expected in (
+        ("image_id", type(sample["image_id"]) is int, "a whole number"),
+        ("partner", is_partner, f"the index of one of the {len(samples)} samples, or -1"),
+        ("partner_image_id", sample["partner_image_id"] == partner_id, f"{partner_id}, that of its partner"),
+        ("lam", _are_numbers([sample["lam"]], 1), "a number in [0, 1]"),
+        ("shares", _are_numbers(sample["shares"], 1) and len(sample["shares"]) == 2, "two numbers in [0, 1]"),
+        (
+            "placement",
+            placement is None or (is_placed and placement[0] > 0 and _are_numbers(placement[1:], 1)),
+            "null, or a positive number and two in [0, 1]",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{key} of {where} must be {expected}, but it is {sample[key]!r}.")
+
+
+def _are_numbers(values: Any, most: float) -> bool:
+    return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= most for value in values)

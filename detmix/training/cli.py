@@ -1,19 +1,25 @@
 """The command line: Lightning's, with the detector, the data and a run folder filled in."""
 
+import argparse
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor
 
-from detmix.training.callbacks import Pictures, write_samples
-from detmix.training.data import DetectionData
+from detmix.datasets.coco_file import CocoFile
+from detmix.functional import Mix, Target
+from detmix.training.callbacks import Pictures, read_record, write_record, write_samples
+from detmix.training.data import Batch, DetectionData, collate
 from detmix.training.module import DetectorModule
+from detmix.transforms import MixUp
 
 NOISE = (
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
@@ -73,7 +79,7 @@ class DetectorCLI(LightningCLI):
             super().instantiate_classes()
             self.datamodule.setup("fit")
         except (ValueError, OSError) as error:
-            self.parser.error(str(error))
+            self.parser.exit(2, f"error: {error}\n")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Log to TensorBoard and CSV in the run folder, unless loggers are configured."""
@@ -110,22 +116,58 @@ class PreviewCLI(DetectorCLI):
         super().__init__(run=False, **kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Say where the picture goes and how many samples it shows."""
+        """Say where the picture goes, how many samples it shows and whether it repeats another."""
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--output", default="preview.png", help="The PNG file to write.")
+        parser.add_argument(
+            "--output", default="preview.png", help="The PNG file to write; a JSON record of its mixes goes beside it."
+        )
         parser.add_argument("--num_images", type=PositiveInt, default=12, help="How many samples to mix and draw.")
+        parser.add_argument(
+            "--replay",
+            default=None,
+            type=str | None,
+            help="A JSON record, of this tool or of a run (pictures/mixed.json): all its samples are mixed and drawn "
+            "as it says. It holds the mix and not the augmentation, so the images are mixed as they are on disk.",
+        )
+        for option in ("ckpt_path", "weights_only"):
+            # The config.yaml that a run has saved holds these of its fit.
+            parser.add_argument(f"--{option}", default=None, help=argparse.SUPPRESS)
 
     def instantiate_classes(self) -> None:
-        """Build the data alone, and draw."""
-        self.output, count = self.config["output"], self.config["num_images"]
+        """Build the data alone, mix and draw."""
+        self.output = self.config["output"]
         parser = LightningArgumentParser()
         parser.add_lightning_class_args(DetectionData, "data")
         try:
             data = parser.instantiate_classes({"data": self.config["data"]})["data"]
-            data.batch_size, data.num_workers = count, 0
-            images, targets = next(iter(data.train_dataloader()))
-            if data.mixup is not None:
-                images, targets = data.mixup(images, targets)
-            write_samples(images, targets, data.class_names, Path(self.output))
+            mixup = MixUp(p=0.0) if data.mixup is None else data.mixup
+            # The epoch that mixes most: a schedule that starts later, or slowly, would leave nothing to see.
+            mixup.set_epoch(max(range(mixup.start, mixup.start + max(1, mixup.ramp)), key=mixup.probability))
+            replay = self.config["replay"]
+            batch = _first_batch(data, self.config["num_images"]) if replay is None else _recorded(data, Path(replay))
+            images, targets = mixup(*batch)
+            path = Path(self.output)
+            write_samples(images, targets, data.class_names, path)
+            write_record(targets, path.with_suffix(".json"))
         except (ValueError, OSError) as error:
-            self.parser.error(str(error))
+            self.parser.exit(2, f"error: {error}\n")
+
+
+def _first_batch(data: DetectionData, count: int) -> Batch:
+    data.batch_size, data.num_workers = count, 0
+    batch: Batch = next(iter(data.train_dataloader()))
+    return batch
+
+
+def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Target], list[Mix]]:
+    image_ids, plan = read_record(record)
+    data.augment = None
+    dataset = data.train_set
+    _, known = CocoFile(dataset.annotations_file).by_id("images")  # in the order of the dataset
+    for i, image_id in enumerate(image_ids):
+        if image_id not in known:
+            raise ValueError(
+                f"image_id of sample {i} of {record} is {image_id}, which is not one of the {len(known)} images of "
+                f"{dataset.annotations_file}."
+            )
+    return *collate([dataset[index] for index in np.searchsorted(known, image_ids)]), plan

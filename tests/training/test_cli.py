@@ -1,5 +1,6 @@
 import csv
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import yaml
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from detmix.training.callbacks import read_record
 from detmix.training.cli import NOISE, DetectorCLI, PreviewCLI
 from detmix.training.detectors import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule
@@ -60,6 +62,7 @@ def test_a_run_writes_its_config_logs_checkpoints_and_pictures(run):
     for name in ("mixed", "train", "curves", "predictions"):
         pixels = np.asarray(PIL.Image.open(run / f"pictures/{name}.png"))
         assert pixels.std() > 10, f"{name}.png is blank"
+    assert len(read_record(run / "pictures/mixed.json")[0]) == 4
 
 
 def test_every_term_and_figure_is_in_the_log(run):
@@ -141,6 +144,7 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--model.detector yolo", "detector must be one of .*, but it is 'yolo'"),
         ("--data.root nowhere", "root nowhere is not a folder"),
         ("--data.train_annotations none.json", "none.json is missing; json files there: .*instances_train.json"),
+        ("--data.mixup.inplace true", "inplace of mixup must be false, since images of different sizes"),
         ("--data.mixup.start 9", "stop must be no epoch before start, 9, but it is 4"),
         ("--model.lr fast", "Expected a <class 'float'>. Got value: fast"),
         ("--model.learning_rate 1", "unrecognized arguments: --model.learning_rate"),
@@ -192,3 +196,97 @@ def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):
         assert picture.mode == "RGB"
     said = failure(monkeypatch, capsys, f"--config {DEMO} --data.root {shapes} --num_images 9", "preview.py")
     assert "batch_size must be at most the 8 training images, but is 9" in said
+
+
+PLAIN = "--data.augment []"
+
+
+def preview(monkeypatch, shapes, output, options):
+    """What the preview drew and recorded, as bytes."""
+    command(
+        monkeypatch, "preview.py", f"--config {DEMO} --data.root {shapes} --num_images 8 --output {output} {options}"
+    )
+    return output.read_bytes(), output.with_suffix(".json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "mixup",
+    [
+        "",
+        "--data.mixup null",
+        "--data.mixup.p 1 --data.mixup.scale [0.5,1.5] --data.mixup.fill [114,0,30]",
+        "--data.mixup.p 1 --data.mixup.min_weight 0.4",
+        "--data.mixup.p 1 --data.mixup.weights ones",
+    ],
+)
+def test_a_preview_without_augmentation_is_replayed_bit_for_bit(mixup, shapes, monkeypatch, tmp_path):
+    drawn = preview(monkeypatch, shapes, tmp_path / "first.png", f"{PLAIN} {mixup}")
+    again = f"{PLAIN} {mixup} --seed_everything 7 --num_images 2 --replay {tmp_path / 'first.json'}"
+    assert preview(monkeypatch, shapes, tmp_path / "second.png", again) == drawn
+    ids, plan = read_record(tmp_path / "first.json")
+    assert sorted(ids) == list(range(1, 9))
+    assert any(mix.partner >= 0 for mix in plan) == (mixup != "--data.mixup null")
+
+
+def test_a_replay_mixes_the_images_as_they_are_on_disk(shapes, monkeypatch, tmp_path):
+    preview(monkeypatch, shapes, tmp_path / "augmented.png", "")
+    replay = f"--replay {tmp_path / 'augmented.json'}"
+    drawn = preview(monkeypatch, shapes, tmp_path / "replayed.png", replay)
+    assert drawn == preview(monkeypatch, shapes, tmp_path / "plain.png", f"{PLAIN} {replay}")
+    assert drawn[0] != (tmp_path / "augmented.png").read_bytes()
+
+
+def test_a_replay_fills_and_drops_boxes_as_the_config_says(shapes, monkeypatch, tmp_path):
+    preview(monkeypatch, shapes, tmp_path / "first.png", "--data.mixup.p 1")
+    options = ("", "--data.mixup.fill 255", "--data.mixup.min_weight 0.5")
+    drawn = {
+        preview(monkeypatch, shapes, tmp_path / "again.png", f"--replay {tmp_path / 'first.json'} {option}")[0]
+        for option in options
+    }
+    assert len(drawn) == len(options)
+
+
+def test_the_record_of_a_run_is_replayed(run, shapes, monkeypatch, tmp_path):
+    record = run / "pictures/mixed.json"
+    for config in (DEMO, run / "config.yaml"):
+        line = f"--config {config} --data.root {shapes} --replay {record} --output {tmp_path / config.stem}.png"
+        command(monkeypatch, "preview.py", line)
+        assert (tmp_path / f"{config.stem}.json").read_bytes() == record.read_bytes()
+
+
+def test_a_preview_shows_the_mixes_of_a_schedule_that_starts_later(shapes, monkeypatch, tmp_path):
+    schedule = "--data.mixup.p 1 --data.mixup.start 2 --data.mixup.ramp 3 --data.mixup.stop 9"
+    preview(monkeypatch, shapes, tmp_path / "preview.png", schedule)
+    _, plan = read_record(tmp_path / "preview.json")
+    assert all(mix.partner >= 0 for mix in plan)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (None, r"No such file or directory: '.*record.json'"),
+        ("{", "record.json is not valid json"),
+        ("[3]", "record.json must hold the record of a mixed batch"),
+        (
+            {"image_id": 99},
+            "image_id of sample 0 of .*record.json is 99, which is not one of the 8 images of .*train.json",
+        ),
+        (
+            {"partner": 1},
+            "partner of sample 0 of .*record.json must be the index of one of the 1 samples, or -1, but it is 1",
+        ),
+    ],
+)
+def test_a_mistake_in_a_replay_is_one_line(record, message, shapes, monkeypatch, capsys, tmp_path):
+    path = tmp_path / "record.json"
+    if isinstance(record, dict):
+        sample = {"image_id": 1, "partner_image_id": None, "partner": -1, "lam": 1.0, "shares": [1.0, 0.0]}
+        path.write_text(json.dumps([sample | {"placement": None} | record]))
+    elif record is not None:
+        path.write_text(record)
+    with pytest.raises(SystemExit) as exit_info:
+        preview(monkeypatch, shapes, tmp_path / "preview.png", f"--replay {path}")
+    assert exit_info.value.code == 2
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line)
+    assert re.match(f"error: .*{message}", said)
+    assert not (tmp_path / "preview.png").exists()
