@@ -167,7 +167,8 @@ def _blend_at_once(entries: Tensor, partners: Sequence[int], lams: Sequence[floa
         [0.0 if j < 0 else 1 - lam for j, lam in zip(partners, lams, strict=True)], dtype=entries.dtype
     )
     rows, shares = (values.to(entries.device, non_blocking=True) for values in (rows, shares))
-    return torch.lerp(entries, seconds.as_subclass(Tensor)[rows], shares.reshape(-1, *[1] * (entries.ndim - 1)))
+    shares, others = shares.reshape(-1, *[1] * (entries.ndim - 1)), seconds.as_subclass(Tensor)[rows]
+    return torch.where(shares == 0.5, (entries + others) * 0.5, torch.lerp(entries, others, shares))  # as _lerp does
 
 
 def _order(partners: Sequence[int]) -> list[tuple[int, bool]]:
@@ -230,9 +231,11 @@ def _blend_onto(canvas: Tensor, second: Tensor, lam: float, level: Tensor) -> No
 
 
 def _lerp(first: Tensor, second: Tensor, share: float) -> None:
-    # torch's lerp is symmetric in its ends, exact at 0 and 1, and rounds half precision once.
-    if first.is_floating_point():
+    # torch's lerp is exact at 0 and 1, rounds half precision once, and is symmetric in its ends but in their middle.
+    if first.is_floating_point() and (share != 0.5 or first.dtype.itemsize == 2):
         first.lerp_(second, share)
+    elif first.is_floating_point():
+        first.add_(second).mul_(0.5)
     else:
         # float32 holds every level of 8 and 16 bits exactly.
         dtype = torch.float64 if torch.iinfo(first.dtype).bits > 16 else torch.float32

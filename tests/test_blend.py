@@ -102,11 +102,22 @@ def test_lam_of_one_is_first_and_of_zero_is_second(dtype):
 @given(lam=LAMS, sizes=st.sampled_from(SIZES), dtype=st.sampled_from([torch.uint8, *FLOATS]), fill=st.integers(0, 3))
 def test_swapping_the_images_and_the_shares_changes_nothing(lam, sizes, dtype, fill):
     first, second = (random_image((3, *size), dtype, i) for i, size in enumerate(sizes))
-    one, other = blend_images(first, second, lam, fill=fill), blend_images(second, first, 1 - lam, fill=fill)
-    if lam == 0.5 and dtype.itemsize > 2:  # the last bit of the mean depends on its end in torch.lerp
-        torch.testing.assert_close(one, other, rtol=2 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
-    else:
-        assert torch.equal(one, other)
+    assert torch.equal(blend_images(first, second, lam, fill=fill), blend_images(second, first, 1 - lam, fill=fill))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, *FLOATS])
+def test_even_in_the_middle_nothing_depends_on_which_comes_first(dtype):
+    first, second = (random_image((3, 80, 80), dtype, seed) for seed in (0, 1))
+    assert torch.equal(blend_images(first, second, 0.5), blend_images(second, first, 0.5))
+    pair = torch.stack([first, second])
+    for images in (pair, pair[..., :8]):  # one by one, and at once
+        middle = blend_batch(images, [1, 0], [0.5, 0.5])
+        assert torch.equal(middle[0], middle[1])
+
+
+def test_the_middle_of_large_half_precision_levels_does_not_overflow():
+    first, second = (torch.full((1, 2, 2), level, dtype=torch.float16) for level in (40000.0, 50048.0))
+    assert blend_images(first, second, 0.5).unique().tolist() == [45024.0]
 
 
 def test_blend_keeps_the_type_of_first_and_carries_gradients():
