@@ -4,6 +4,7 @@ Throughout, ``weights`` has as many dimensions as the tensor it belongs to, each
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def fits(weights: Tensor, shape: Sequence[int]) -> bool:
 def reshaped(weights: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     """The weights of a tensor of shape ``old`` once it is reshaped to ``new``.
 
-    Old and new dimensions fall into runs of equal product; a run without weights stays without, another is spread.
+    Old and new dimensions fall into runs of equal product; a run without weights stays without. In another, entries
+    that lie side by side and weigh the same go on sharing a weight as far as whole new dimensions divide them.
     """
     if 0 in old:
         return weights.new_ones((1,) * len(new))
@@ -45,11 +47,19 @@ def reshaped(weights: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
                 before, i = before * old[i], i + 1
             else:
                 after, k = after * kept[k], k + 1
-        if all(w == 1 for w in weights.shape[first_i:i]):
+        alike = i
+        while alike > first_i and weights.size(alike - 1) == 1:
+            alike -= 1
+        if alike == first_i:
             shape += [1] * (k - first_k)
-        else:
-            spread[first_i:i] = old[first_i:i]
-            shape += kept[first_k:k]
+            continue
+        block, compact = prod(old[alike:i]), k
+        while compact > first_k and block % kept[compact - 1] == 0:
+            compact -= 1
+            block //= kept[compact]
+        spread[first_i:alike] = old[first_i:alike]
+        spread[alike:i] = [block, *[1] * (i - alike - 1)] if i > alike else []
+        shape += kept[first_k:compact] + [1] * (k - compact)
     sizes = iter(shape)
     return weights.expand(spread).reshape([1 if n == 1 else next(sizes) for n in new])
 

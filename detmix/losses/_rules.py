@@ -38,6 +38,10 @@ def _reshape(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return weighted(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
 
 
+def _repeat(func: Function, x: WeightedTensor, *sizes: Any) -> Any:
+    return weighted(func(x, *sizes), func(x.weights.expand(x.shape), *sizes))
+
+
 def _permute(func: Function, x: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
     return weighted(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
 
@@ -123,7 +127,11 @@ def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: An
 def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
     loss = elementwise(func, *args, reduction="none", **kwargs)
     # The gradient reaches this loss's own kernel, which rounds as the memory layout tells it to: hence a dense one.
-    return loss if reduction == "none" else getattr(Tensor, reduction)(scaled(loss, loss.weights))
+    if reduction == "none":
+        return loss
+    if reduction == "batchmean":
+        return scaled(loss, loss.weights).sum() / loss.size(0)
+    return getattr(Tensor, reduction)(scaled(loss, loss.weights))
 
 
 def _binary_cross_entropy(
@@ -171,9 +179,10 @@ _register(
 _register(
     _like_first,
     *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
-    *("detach", "expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
+    *("expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
 )
 _register(_reshape, "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze")
+_register(_repeat, "repeat")
 _register(_permute, "transpose", "permute", "movedim", "swapaxes", "t")
 _register(move, "diag", "diagonal", "index_select", "masked_select", "flip", "roll")
 _register(_unbind, "unbind")
@@ -187,9 +196,11 @@ _register(_extreme, "max", "min")
 _register(_sort, "sort")
 _register(_along, "softmax", "log_softmax")
 _register(reduce, "sum", "mean")
-_register(_loss, "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss")
+_register(_loss, "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "kl_div")
 _register(_binary_cross_entropy, "binary_cross_entropy", "binary_cross_entropy_with_logits")
 _register(_cross_entropy, "cross_entropy")
+# What is detached is a constant: a target, such as an IoU, or a factor. What it is combined with has the weights.
+_register(drop, "detach")
 _register(
     drop, "argmax", "argmin", "argsort", "nonzero", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"
 )

@@ -8,11 +8,9 @@ samples [arXiv:1902.04103, sec. 3.1], or any other confidence in a box.
 Each class here ties weights to rows at one method of its parent, then has the parent compute its loss on them.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
@@ -20,14 +18,10 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
-from detmix.checks import check_target
+from detmix.losses.matching import Target, all_box_weights, eager, row_weights
 from detmix.losses.weighted_tensor import RULES, WeightedTensor, drop, weighted, weights_of
 
-Target = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-_eager: Callable[[Method], Method] = torch.compiler.disable  # a graph cannot hold tensors that carry an attribute
 
 # Mask R-CNN crops the masks it is to predict with boxes numbered by the object they are matched to. The numbers carry
 # the object's weight; the crops are targets, and need none.
@@ -76,81 +70,17 @@ def weight_losses(model: Model) -> Model:
     return model
 
 
-def match_weights(target: Target, matched_idxs: Tensor) -> Tensor:
-    """The weight of the box each row is matched to.
-
-    Args:
-        target: With ``"boxes"`` of shape ``(num_boxes, 4)`` and perhaps ``"weights"`` of shape ``(num_boxes,)``.
-        matched_idxs: int64, of any shape: the index of a box, or a negative number for a row matched to none.
-
-    Returns:
-        float32, of the shape of ``matched_idxs``: 1 for a row matched to no box.
-
-    Raises:
-        TypeError: If the weights are no floating point tensor.
-        ValueError: If they are not one finite number, 0 or more, for each box, on the device of the boxes.
-
-    Example:
-        >>> target = {"boxes": torch.rand(2, 4), "weights": torch.tensor([0.25, 0.75])}
-        >>> match_weights(target, torch.tensor([1, -1, 0, -2]))
-        tensor([0.7500, 1.0000, 0.2500, 1.0000])
-    """
-    return _row_weights(box_weights(target), matched_idxs)
-
-
-def box_weights(target: Target, index: int | None = None) -> Tensor:
-    """``target["weights"]`` as float32 of shape ``(num_boxes,)``, once checked; 1 for every box of a target without.
-
-    Args:
-        target: With ``"boxes"`` of shape ``(num_boxes, 4)``.
-        index: Where the target stands in its batch, for the error messages.
-
-    Raises:
-        TypeError: If the weights are no floating point tensor.
-        ValueError: If they are not one finite number, 0 or more, for each box, on the device of the boxes.
-    """
-    boxes = target["boxes"]
-    if "weights" not in target:
-        return torch.ones(len(boxes), device=boxes.device)
-    weights = target["weights"]
-    name = "target['weights']" if index is None else f"targets[{index}]['weights']"
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        got = f"a {weights.dtype} tensor" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
-        raise TypeError(f"{name} must be a floating point tensor, but it is {got}.")
-    if weights.shape != (len(boxes),):
-        raise ValueError(f"{name} must hold one weight for each of {len(boxes)} boxes, but is {tuple(weights.shape)}.")
-    if weights.device != boxes.device:
-        raise ValueError(f"{name} must be on {boxes.device} as the boxes are, but is on {weights.device}.")
-    # On a GPU the values stay unchecked: to look at them, Python would wait for it at every step.
-    if weights.device.type == "cpu" and not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(f"{name} must be finite and not negative, but holds {weights.tolist()}.")
-    return weights.float()
-
-
-def _row_weights(weights: Tensor, matched_idxs: Tensor) -> Tensor:
-    return F.pad(weights, (1, 0), value=1.0)[matched_idxs.clamp(min=-1) + 1]
-
-
-def _all_box_weights(targets: list[Target], num_classes: int | None = None) -> list[Tensor] | None:
-    """The weights of each target's boxes, or None where no target has any: stock code then runs as it is."""
-    for i, target in enumerate(targets):  # or a NaN box trains in silence, and a label too high fails deep inside torch
-        check_target(target, where=f"targets[{i}]", num_classes=num_classes)
-    if not any("weights" in target for target in targets):
-        return None
-    return [box_weights(target, i) for i, target in enumerate(targets)]
-
-
 class _WeightedRows:
     """Goes before a class whose ``compute_loss`` gets all predictions and the box each row is matched to."""
 
-    @_eager
+    @eager
     def compute_loss(
         self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor], matched_idxs: list[Tensor]
     ) -> dict[str, Tensor]:
         """The parent's losses, with each row multiplied by the weight of its box."""
-        weights = _all_box_weights(targets, num_classes=head_outputs["cls_logits"].shape[-1])
+        weights = all_box_weights(targets, num_classes=head_outputs["cls_logits"].shape[-1])
         if weights is not None:
-            rows = torch.stack([_row_weights(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, R)
+            rows = torch.stack([row_weights(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, R)
             head_outputs = {name: weighted(output, rows[..., None]) for name, output in head_outputs.items()}
         return super().compute_loss(targets, head_outputs, anchors, matched_idxs)  # type: ignore[misc, no-any-return]
 
@@ -170,12 +100,12 @@ class WeightedSSD(_WeightedRows, SSD):  # type: ignore[misc]
 class WeightedRPN(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposal network, with weighted losses. Anchors are sampled as ever."""
 
-    @_eager
+    @eager
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Match anchors to boxes; the labels carry the weight of each anchor's box to :meth:`compute_loss`."""
-        weights = _all_box_weights(targets)
+        weights = all_box_weights(targets)
         if weights is None:
             return super().assign_targets_to_anchors(anchors, targets)  # type: ignore[no-any-return]
         # The parent gathers the matched boxes but tells no indices, so the weights ride on the boxes it gathers.
@@ -186,7 +116,7 @@ class WeightedRPN(RegionProposalNetwork):  # type: ignore[misc]
         labels = [weighted(y, w) for y, w in zip(labels, rows, strict=True)]
         return labels, [b.as_subclass(Tensor) for b in boxes]
 
-    @_eager
+    @eager
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
@@ -201,7 +131,7 @@ class WeightedRPN(RegionProposalNetwork):  # type: ignore[misc]
 class WeightedRoIHeads(RoIHeads):  # type: ignore[misc]
     """torchvision's box, mask and keypoint heads, with weighted losses. Proposals are sampled as ever."""
 
-    forward = _eager(RoIHeads.forward)  # its loss functions are no methods
+    forward = eager(RoIHeads.forward)  # its loss functions are no methods
 
     def select_training_samples(
         self, proposals: list[Tensor], targets: list[Target]
@@ -211,11 +141,11 @@ class WeightedRoIHeads(RoIHeads):  # type: ignore[misc]
         The losses gather predictions by these labels, and targets by these indices, and so get the weights.
         """
         scores = getattr(self.box_predictor, "cls_score", None)  # of torchvision's predictors; others keep their secret
-        weights = _all_box_weights(targets, num_classes=getattr(scores, "out_features", None))
+        weights = all_box_weights(targets, num_classes=getattr(scores, "out_features", None))
         proposals, matched_idxs, labels, deltas = super().select_training_samples(proposals, targets)
         if weights is not None:
             # Background is matched to box 0 here, and only its label tells.
-            rows = [_row_weights(w, m.where(y > 0, -1)) for w, m, y in zip(weights, matched_idxs, labels, strict=True)]
+            rows = [row_weights(w, m.where(y > 0, -1)) for w, m, y in zip(weights, matched_idxs, labels, strict=True)]
             matched_idxs = [weighted(m, w) for m, w in zip(matched_idxs, rows, strict=True)]
             labels = [weighted(y, w) for y, w in zip(labels, rows, strict=True)]
         return proposals, matched_idxs, labels, deltas

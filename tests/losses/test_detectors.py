@@ -21,7 +21,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from detmix.losses import match_weights, weight_losses
-from detmix.losses.detectors import box_weights
+from detmix.losses.matching import box_weights
 
 CLASSES, SIZE, COUNTS = 4, 64, (3, 2, 0)
 BACKGROUND_TERMS = {"classification", "loss_classifier", "loss_objectness"}

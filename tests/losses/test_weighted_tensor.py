@@ -43,6 +43,9 @@ MOVES = {
     "expand": lambda x: x[None].expand(5, -1, -1, -1),
     "diagonal": lambda x: torch.diagonal(x, 0, 1, 2),
     "flip": lambda x: x.flip(2),
+    "repeat": lambda x: x.repeat(2, 1, 3),
+    "repeat_new_dim": lambda x: x.repeat(2, 1, 1, 2),
+    "reshape_cutting_rows": lambda x: x.reshape(6, 2, 2),
     "clone": lambda x: x.clone().contiguous().double(),
     "where": lambda x: torch.where(torch.ones(4, dtype=torch.bool), x, 0.0),
     "index_select": lambda x: x.index_select(1, torch.tensor([2, 0])),
@@ -314,3 +317,29 @@ def test_a_new_sum_is_heeded(monkeypatch):
     x = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
     assert torch.nansum(weighted(x, torch.tensor([[0.5], [2.0]]))) == 10.5
     assert weighted(x[1:], torch.tensor([[0.5]])).sum(dtype=torch.float64).dtype == torch.float64
+
+
+def test_what_is_detached_is_a_constant_and_what_it_multiplies_has_the_weights():
+    x = rand(2, 3).requires_grad_()
+    rows = weighted(x, torch.tensor([[0.25], [0.5]]))
+    constant = rows.detach()
+    assert type(constant) is torch.Tensor
+    assert not constant.requires_grad
+    expected = (x * x.detach() * torch.tensor([[0.25], [0.5]])).sum()
+    torch.testing.assert_close((rows * constant).sum(), expected)
+    target = torch.zeros(2)
+    target[:] = constant.mean(1)  # as criteria write an IoU into their targets
+    assert type(target) is torch.Tensor
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_the_divergence_of_each_row_counts_by_its_weight(reduction):
+    log_p, q, weights = (
+        F.log_softmax(rand(3, 4), 1),
+        F.softmax(rand(3, 4, seed=1), 1),
+        torch.tensor([[0.5], [0.0], [2.0]]),
+    )
+    each = F.kl_div(log_p, q, reduction="none") * weights
+    expected = {"none": each.sum(), "sum": each.sum(), "mean": each.mean(), "batchmean": each.sum() / 3}[reduction]
+    loss = F.kl_div(weighted(log_p, weights), q, reduction=reduction)
+    torch.testing.assert_close(loss.sum() if reduction == "none" else loss, expected)

@@ -1,0 +1,59 @@
+"""Make DETR-style criteria heed ``target["weights"]``.
+
+A query matched to box *k* has its whole loss, every term, multiplied by ``weights[k]``; a query matched to none weighs
+1; every normaliser stays the criterion's own. The weights ride on the predictions through the criterion's unmodified
+code, from the one method that every descendant of DETR [arXiv:2005.12872] kept:
+``get_loss(loss, outputs, targets, indices, num_boxes)``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detmix.losses.matching import Target, all_box_weights, eager
+from detmix.losses.weighted_tensor import weighted
+
+Indices = Sequence[tuple[Tensor, Tensor]]
+
+PREDICTIONS = ("pred_logits", "logits", "pred_boxes", "pred_corners", "pred_masks", "teacher_logits")
+"""Keys of ``outputs`` that hold what is known of each query, ``(B, num_queries, ...)``: DETR's names and later ones."""
+
+
+class WeightedCriterion:
+    """Goes before a DETR-style criterion: ``class MyCriterion(WeightedCriterion, SetCriterion): ...``.
+
+    Example:
+        >>> class Criterion(torch.nn.Module):
+        ...     def get_loss(self, loss, outputs, targets, indices, num_boxes):
+        ...         queries = torch.cat([q for q, _ in indices])
+        ...         wanted = torch.cat([t["boxes"][k] for t, (_, k) in zip(targets, indices)])
+        ...         return {"l1": (outputs["pred_boxes"][0][queries] - wanted).abs().sum() / num_boxes}
+        >>> class Weighted(WeightedCriterion, Criterion): ...
+        >>> outputs = {"pred_boxes": torch.zeros(1, 3, 4)}
+        >>> targets = [{"boxes": torch.ones(2, 4), "weights": torch.tensor([0.25, 0.5])}]
+        >>> Weighted().get_loss("boxes", outputs, targets, [(torch.tensor([2, 0]), torch.tensor([0, 1]))], 2)
+        {'l1': tensor(1.5000)}
+    """
+
+    @eager
+    def get_loss(
+        self, loss: str, outputs: dict[str, Any], targets: list[Target], indices: Indices, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """The parent's loss, with each query multiplied by the weight of the box it is matched to."""
+        weights = all_box_weights(targets)
+        if weights is not None:
+            found = {name: outputs[name] for name in PREDICTIONS if isinstance(outputs.get(name), Tensor)}
+            rows = query_weights(weights, indices, next(iter(found.values())))
+            riding = {name: weighted(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2))) for name, x in found.items()}
+            outputs = {**outputs, **riding}
+        return super().get_loss(loss, outputs, targets, indices, *args, **kwargs)  # type: ignore[misc, no-any-return]
+
+
+def query_weights(weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Tensor:
+    """The weight of the box that each query is matched to, 1 for a query matched to none: float32 (B, num_queries)."""
+    rows = torch.ones(like.shape[:2], device=like.device)
+    for row, own, (queries, boxes) in zip(rows, weights, indices, strict=True):
+        row[queries] = own[boxes]
+    return rows
