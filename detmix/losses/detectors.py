@@ -8,7 +8,7 @@ samples [arXiv:1902.04103, sec. 3.1], or any other confidence in a box.
 Each class here ties weights to rows at one method of its parent, then has the parent compute its loss on them.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
+from detmix.losses.loss_functions import WeightedLossFunction, is_transformers_detector
 from detmix.losses.matching import Target, all_box_weights, eager, row_weights
 from detmix.losses.weighted_tensor import RULES, WeightedTensor, drop, weighted, weights_of
 
@@ -29,11 +30,13 @@ RULES[torch.ops.torchvision.roi_align] = drop
 
 
 def weight_losses(model: Model) -> Model:
-    """Make a torchvision detector heed ``target["weights"]``, in place.
+    """Make a detector heed ``target["weights"]``, in place.
 
-    Works on RetinaNet, FCOS, SSD, SSDlite, Faster R-CNN, Mask R-CNN and Keypoint R-CNN, whatever their backbone. Only
-    the class of the heads changes: parameters, ``state_dict`` and results in eval mode stay the same, and the model can
-    be pickled and copied. The loss code runs outside of ``torch.compile``. A second call changes nothing.
+    Works on torchvision's RetinaNet, FCOS, SSD, SSDlite, Faster R-CNN, Mask R-CNN and Keypoint R-CNN, whatever their
+    backbone, and on detectors of ``transformers`` whose criterion has DETR's ``get_loss``, where the weights go into
+    each of the ``labels``. Only the class of the heads, or the loss function, changes: parameters, ``state_dict`` and
+    results in eval mode stay the same, and the model can be pickled and copied. The loss code runs outside of
+    ``torch.compile``. A second call changes nothing.
 
     In training, ``target["weights"]`` is floating point of shape ``(num_boxes,)``, finite, not negative and on the
     device of the boxes; a target without it weighs every box 1.
@@ -54,9 +57,13 @@ def weight_losses(model: Model) -> Model:
         True
     """
     heads = [module for module in model.modules() if isinstance(module, tuple(_WEIGHTED))]
-    if not heads:
+    detectors: list[Any] = [module for module in model.modules() if is_transformers_detector(module)]
+    if not heads and not detectors:
         known = ", ".join(cls.__name__ for cls in _WEIGHTED)
-        raise TypeError(f"{type(model).__name__} holds none of the heads whose losses can be weighted: {known}.")
+        raise TypeError(
+            f"{type(model).__name__} holds none of the heads whose losses can be weighted: {known}; nor a model of "
+            f"transformers whose loss function builds a criterion with get_loss."
+        )
     heads = [head for head in heads if not isinstance(head, tuple(_WEIGHTED.values()))]
     for head in heads:
         if type(head) not in _WEIGHTED:
@@ -67,6 +74,9 @@ def weight_losses(model: Model) -> Model:
             )
     for head in heads:
         head.__class__ = _WEIGHTED[type(head)]
+    for detector in detectors:
+        if not isinstance(detector.loss_function, WeightedLossFunction):
+            detector.loss_function = WeightedLossFunction(detector.loss_function)
     return model
 
 
