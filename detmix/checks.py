@@ -1,5 +1,6 @@
 """Checks of targets and batches: an error names the target, the key, what came and what was expected."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,9 +57,10 @@ def check_target(
         _check_sizes(target, (image.shape[-2], image.shape[-1]), where)
     if boxes.device.type != "cpu" or not len(boxes):
         return
-    for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
-        raise ValueError(f"box {row} of {where} must be finite, but it is {boxes[row].tolist()}.")
-    if num_classes is not None and labels is not None:
+    if not math.isfinite(boxes.sum()):  # what is not finite makes the sum so, and one sum is all that most targets cost
+        for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
+            raise ValueError(f"box {row} of {where} must be finite, but it is {boxes[row].tolist()}.")
+    if num_classes is not None and labels is not None and not 1 <= labels.amin() <= labels.amax() < num_classes:
         for row in ((labels < 1) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
             raise ValueError(
                 f"label {row} of {where} must be a class from 1 to {num_classes - 1} (0 is background), "

@@ -1,6 +1,7 @@
 """How weights that are one number a row follow the entries of a tensor, and stay one number a row.
 
 Throughout, ``weights`` has as many dimensions as the tensor it belongs to, each of the tensor's size or of size 1.
+A loss is mostly small tensors that are sliced and computed on, so :class:`Rows` answers that without calling torch.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,84 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+class Rows:
+    """The weights of a tensor: ``dims`` says for each of its dimensions which one of ``base`` it runs along.
+
+    Along a dimension that is None all entries weigh the same.
+    """
+
+    __slots__ = ("_weights", "base", "dims")
+
+    def __init__(self, base: Tensor, dims: tuple[int | None, ...]) -> None:
+        self.base, self.dims = base, dims
+        self._weights: Tensor | None = None
+
+    @classmethod
+    def of(cls, weights: Tensor) -> "Rows":
+        """Rows of one's own; a dimension of size 1 is one along which all weigh the same."""
+        rows = cls(weights, tuple([None if n == 1 else d for d, n in enumerate(weights.shape)]))
+        rows._weights = weights
+        return rows
+
+    @property
+    def weights(self) -> Tensor:
+        """One dimension for each of the tensor's, of its size or 1."""
+        if self._weights is None:
+            kept = [d for d in self.dims if d is not None]
+            sizes = iter([self.base.size(d) for d in kept])
+            rest = [d for d in range(self.base.ndim) if d not in kept]  # of size 1
+            shape = [1 if d is None else next(sizes) for d in self.dims]
+            self._weights = self.base.permute((*rest, *kept)).reshape(shape)
+        return self._weights
+
+    def same(self, other: "Rows") -> bool:
+        """Whether both are the same weights along the same dimensions, which is known without reading them."""
+        return self is other or (self.base is other.base and self.dims == other.dims)
+
+    def pad(self, ndim: int) -> "Rows":
+        """Prepend dimensions up to ``ndim``, as broadcasting does."""
+        missing = ndim - len(self.dims)
+        return Rows(self.base, (None,) * missing + self.dims) if missing else self
+
+    def append(self, ndim: int) -> "Rows":
+        """Append dimensions up to ``ndim``, along which all weigh the same."""
+        return Rows(self.base, self.dims + (None,) * (ndim - len(self.dims)))
+
+    def insert(self, dim: int) -> "Rows":
+        """Insert a dimension at ``dim``, 0 or more, along which all weigh the same."""
+        return Rows(self.base, (*self.dims[:dim], None, *self.dims[dim:]))
+
+    def remove(self, dims: Sequence[int]) -> "Rows | None":
+        """Leave out dimensions, or None if the weights differ along one of them."""
+        if any(self.dims[d] is not None for d in dims):
+            return None
+        gone = {d % len(self.dims) for d in dims}
+        return Rows(self.base, tuple([d for i, d in enumerate(self.dims) if i not in gone]))
+
+    def sliced(self, entries: tuple[Any, ...]) -> "Rows | None":
+        """The rows of ``x[entries]``, or None if an entry picks some of the weights, or is a tensor or a list."""
+        dims, d = list[int | None](), 0
+        for entry in entries:
+            if entry is None:
+                dims.append(None)
+            elif entry is Ellipsis:
+                end = d + len(self.dims) - sum(e is not None and e is not Ellipsis for e in entries)
+                dims += self.dims[d:end]
+                d = end
+            elif isinstance(entry, slice) and (self.dims[d] is None or entry == _ALL):
+                dims.append(self.dims[d])
+                d += 1
+            elif type(entry) is int and self.dims[d] is None:
+                d += 1
+            else:
+                return None
+        dims += self.dims[d:]
+        return Rows(self.base, tuple(dims))
+
+
+_ALL = slice(None)
 
 
 def pad(weights: Tensor, ndim: int) -> Tensor:
@@ -104,15 +183,16 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
-def agreed(candidates: Sequence[Tensor]) -> Tensor | None:
-    """The one weights tensor that all the candidates broadcast from, or None if they differ."""
-    widest = candidates[0]
-    for other in candidates[1:]:
-        if same(widest, other):
-            continue
+def agreed(rows: Sequence[Rows]) -> Rows | None:
+    """The rows of the tensor that the others broadcast to, or None if they differ; all of one number of dimensions."""
+    first = rows[0]
+    if all(map(first.same, rows)):
+        return first
+    widest = first.weights
+    for other in [r.weights for r in rows[1:]]:
         shape = broadcast(widest.shape, other.shape)
         widest, narrow = (widest, other) if widest.shape == shape else (other, widest)
         # Values are compared on the CPU only: on a GPU, Python would wait for it.
         if widest.shape != shape or (widest.device.type == "cpu" and not torch.equal(widest, narrow.expand(shape))):
             return None
-    return widest
+    return Rows.of(widest)

@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detmix.losses._compact import broadcast, indexed, joined, pad, reshaped
+from detmix.losses._compact import Rows, indexed, joined, pad, reshaped
 from detmix.losses.weighted_tensor import (
     RULES,
     Function,
     Rule,
     WeightedTensor,
-    agreed_weights,
+    agreed_rows,
+    carry,
     drop,
     elementwise,
     lost,
@@ -21,7 +22,6 @@ from detmix.losses.weighted_tensor import (
     reduce,
     refuse,
     scaled,
-    weighted,
     weights_of,
 )
 
@@ -30,68 +30,74 @@ def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     out = func(x, *args, **kwargs)
     if not isinstance(x, WeightedTensor) or out.dtype == torch.bool:
         return out
-    return weighted(out, pad(x.weights, out.ndim).to(out.device))
+    return carry(out, x.rows.pad(out.ndim) if out.device == x.device else pad(x.weights, out.ndim).to(out.device))
 
 
 def _reshape(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     out = func(x, *args, **kwargs)
-    return weighted(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
+    return carry(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
 
 
 def _repeat(func: Function, x: WeightedTensor, *sizes: Any) -> Any:
-    return weighted(func(x, *sizes), func(x.weights.expand(x.shape), *sizes))
+    return carry(func(x, *sizes), func(x.weights.expand(x.shape), *sizes))
 
 
 def _permute(func: Function, x: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
-    return weighted(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
+    return carry(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
 
 
 def _unbind(func: Function, x: WeightedTensor, dim: int = 0) -> Any:
-    weights = x.weights.unbind(dim)
-    outs = func(x, dim)
-    return tuple(weighted(out, weights[i if len(weights) > 1 else 0]) for i, out in enumerate(outs))
+    outs, rows = func(x, dim), x.rows.remove((dim,))
+    return tuple(map(carry, outs, x.weights.unbind(dim) if rows is None else [rows] * len(outs)))
 
 
 def _split(func: Function, x: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
     outs = func(x, sizes, dim)
-    if x.weights.size(dim) == 1:
-        return tuple(weighted(out, x.weights) for out in outs)
-    return tuple(weighted(out, part) for out, part in zip(outs, func(x.weights, sizes, dim), strict=True))
+    if x.rows.dims[dim] is None:
+        return tuple([carry(out, x.rows) for out in outs])
+    return tuple(carry(out, part) for out, part in zip(outs, func(x.weights, sizes, dim), strict=True))
 
 
 def _cat(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     dim %= max(x.ndim for x in tensors)
-    return weighted(func(tensors, dim), joined([weights_of(x) for x in tensors], [x.size(dim) for x in tensors], dim))
+    return carry(func(tensors, dim), joined([weights_of(x) for x in tensors], [x.size(dim) for x in tensors], dim))
 
 
 def _stack(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     dim %= tensors[0].ndim + 1
-    return weighted(
-        func(tensors, dim), joined([weights_of(x).unsqueeze(dim) for x in tensors], [1] * len(tensors), dim)
-    )
+    out, rows = func(tensors, dim), [x.rows for x in tensors if type(x) is WeightedTensor]
+    if len(rows) == len(tensors) and all(map(rows[0].same, rows)):
+        return carry(out, rows[0].insert(dim))
+    return carry(out, joined([weights_of(x).unsqueeze(dim) for x in tensors], [1] * len(tensors), dim))
+
+
+def _indexed(x: WeightedTensor, entries: tuple[Any, ...]) -> Rows:
+    rows = x.rows.sliced(entries)
+    return Rows.of(indexed(x.weights, x.shape, entries)) if rows is None else rows
 
 
 def _getitem(func: Function, x: Tensor, index: Any) -> Any:
     out = func(x, index)
-    carried = [indexed(x.weights, x.shape, index)] if isinstance(x, WeightedTensor) else []
     entries = index if isinstance(index, tuple) else (index,)
-    if any(isinstance(entry, WeightedTensor) for entry in entries):
+    carried = [_indexed(x, entries)] if type(x) is WeightedTensor else []
+    if WeightedTensor in map(type, entries):
         # Rows gathered on behalf of an object weigh what it weighs. They lie along the first dimensions, if the
         # index starts with tensors and has them side by side.
         indices = [entry for entry in entries if isinstance(entry, Tensor)]
-        if entries[: len(indices)] != tuple(indices) or any(i.dtype in (torch.bool, torch.uint8) for i in indices):
+        if any(i is not e or i.dtype in (torch.bool, torch.uint8) for i, e in zip(indices, entries, strict=False)):
             raise lost(func, x, index)
-        shape = broadcast(*(i.shape for i in indices))
-        rows = [pad(i.weights, len(shape)) for i in indices if isinstance(i, WeightedTensor)]
-        carried += [w.reshape(w.shape + (1,) * (out.ndim - len(shape))) for w in rows]
-    return weighted(out, agreed_weights(func, carried))
+        ndim = max(i.ndim for i in indices)
+        rows = [i.rows.pad(ndim) for i in indices if isinstance(i, WeightedTensor)]
+        carried += [r.append(out.ndim) for r in rows]
+    return carry(out, agreed_rows(func, carried))
 
 
 def _setitem(func: Function, x: Tensor, index: Any, value: Any) -> None:
     if not isinstance(x, WeightedTensor):
         raise lost(func, x, index, value)
     if isinstance(value, WeightedTensor):
-        agreed_weights(func, [indexed(x.weights, x.shape, index), value.weights])
+        entries = index if isinstance(index, tuple) else (index,)
+        agreed_rows(func, [_indexed(x, entries), value.rows])
     func(x, index, value)
 
 
@@ -115,13 +121,13 @@ def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -
     if weights.size(dim) > 1:
         places = indices if indices.ndim == x.ndim else indices.unsqueeze(dim)
         weights = torch.take_along_dim(weights.expand(x.shape), places, dim)
-    return type(result)((weighted(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
+    return type(result)((carry(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
 
 
 def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:
-    if x.weights.size(dim) > 1:  # the result would mix entries of different weights
+    if x.rows.dims[dim] is not None:  # the result would mix entries of different weights
         raise lost(func, x)
-    return weighted(func(x, dim, *args, **kwargs), x.weights)
+    return carry(func(x, dim, *args, **kwargs), x.rows)
 
 
 def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
@@ -140,7 +146,7 @@ def _binary_cross_entropy(
     if reduction == "none":
         return elementwise(func, x, y, weight=weight, reduction="none", **kwargs)
     # Only as the function's own factor do weights keep the order in which its gradient is divided by the mean's count.
-    weights = agreed_weights(func, [part.weights for part in (x, y, weight) if isinstance(part, WeightedTensor)])
+    weights = agreed_rows(func, [part.rows for part in (x, y, weight) if isinstance(part, WeightedTensor)]).weights
     return func(x, y, weights if weight is None else weights * weight, reduction=reduction, **kwargs)
 
 
@@ -148,19 +154,20 @@ def _cross_entropy(
     func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
 ) -> Any:
     classes = 1 if x.ndim > 1 else 0
-    carried = [x.weights] if isinstance(x, WeightedTensor) else []
+    carried = [x.rows] if isinstance(x, WeightedTensor) else []
     if isinstance(y, WeightedTensor):
-        carried.append(y.weights if y.ndim == x.ndim else y.weights.unsqueeze(classes))
-    weights = agreed_weights(func, carried)
+        carried.append(y.rows if y.ndim == x.ndim else y.rows.insert(classes))
+    rows = agreed_rows(func, carried)
     smooth = kwargs.pop("label_smoothing", 0.0)
-    if weights.size(classes) > 1 or (reduction != "none" and (smooth or y.is_floating_point())):
+    own = rows.remove((classes,))
+    if own is None or (reduction != "none" and (smooth or y.is_floating_point())):
         raise lost(func, x, y)
     if reduction == "none":
         loss = func(x, y, weight, reduction="none", label_smoothing=smooth, **kwargs)
-        return weighted(loss, weights.squeeze(classes))
+        return carry(loss, own)
     # Scaling the log-probabilities keeps nll_loss's own summation order and so its bits; scaling its output would not.
     x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
-    return F.nll_loss(scaled(F.log_softmax(x, classes), weights), y, weight, reduction=reduction, **kwargs)
+    return F.nll_loss(scaled(F.log_softmax(x, classes), rows.weights), y, weight, reduction=reduction, **kwargs)
 
 
 def _register(rule: Rule, *names: str) -> None:
@@ -181,9 +188,9 @@ _register(
     *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
     *("expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
 )
-_register(_reshape, "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze")
+_register(_reshape, "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze")
 _register(_repeat, "repeat")
-_register(_permute, "transpose", "permute", "movedim", "swapaxes", "t")
+_register(_permute, "transpose", "permute", "movedim", "swapaxes", "t", "unsqueeze")
 _register(move, "diag", "diagonal", "index_select", "masked_select", "flip", "roll")
 _register(_unbind, "unbind")
 _register(_split, "split", "chunk")
@@ -204,4 +211,8 @@ _register(drop, "detach")
 _register(
     drop, "argmax", "argmin", "argsort", "nonzero", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"
 )
+_register(drop, "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "isnan", "isinf", "isfinite")
+_register(drop, "size", "dim", "numel", "__len__", "is_floating_point")
 _register(refuse, "backward")
+for _name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"):
+    RULES[getattr(Tensor, _name).__get__] = drop

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detmix.losses.matching import Target, all_box_weights, eager
-from detmix.losses.weighted_tensor import weighted
+from detmix.losses._compact import Rows
+from detmix.losses.matching import CheckedTargets, Target, all_box_weights, eager
+from detmix.losses.weighted_tensor import WeightedTensor, carry
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
@@ -45,15 +46,22 @@ class WeightedCriterion:
         weights = all_box_weights(targets)
         if weights is not None:
             found = {name: outputs[name] for name in PREDICTIONS if isinstance(outputs.get(name), Tensor)}
-            rows = query_weights(weights, indices, next(iter(found.values())))
-            riding = {name: weighted(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2))) for name, x in found.items()}
+            rows = query_weights(targets, weights, indices, next(iter(found.values())))
+            riding = {name: carry(x.as_subclass(WeightedTensor), rows.append(x.ndim)) for name, x in found.items()}
             outputs = {**outputs, **riding}
         return super().get_loss(loss, outputs, targets, indices, *args, **kwargs)  # type: ignore[misc, no-any-return]
 
 
-def query_weights(weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Tensor:
-    """The weight of the box that each query is matched to, 1 for a query matched to none: float32 (B, num_queries)."""
-    rows = torch.ones(like.shape[:2], device=like.device)
-    for row, own, (queries, boxes) in zip(rows, weights, indices, strict=True):
-        row[queries] = own[boxes]
+def query_weights(targets: list[Target], boxes_weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
+    """The weight of the box that each query is matched to, 1 for a query matched to none: (B, num_queries)."""
+    checked = targets if isinstance(targets, CheckedTargets) else None
+    if checked and checked.matched and checked.matched[0] is indices:  # one matching serves all losses of a layer
+        return checked.matched[1]
+    matched = torch.cat([own[boxes] for own, (_, boxes) in zip(boxes_weights, indices, strict=True)])
+    weights = torch.ones(like.shape[:2], device=like.device)
+    places = torch.cat([queries + i * like.shape[1] for i, (queries, _) in enumerate(indices)])
+    weights.view(-1)[places] = matched
+    rows = Rows.of(weights)
+    if checked is not None:
+        checked.matched = indices, rows
     return rows

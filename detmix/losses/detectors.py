@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -107,8 +108,31 @@ class WeightedSSD(_WeightedRows, SSD):  # type: ignore[misc]
     """torchvision's SSD and SSDlite, with weighted losses. Negatives are mined by their stock losses."""
 
 
+class _WeightedBoxes(Tensor):
+    """Boxes whose weights are gathered with them; whatever else is computed on them, as their matching, is plain."""
+
+    weights: Tensor
+
+    @classmethod
+    def of(cls, boxes: Tensor, weights: Tensor) -> Tensor:
+        out = boxes.as_subclass(cls)
+        out.weights = weights
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+            if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
+                return weighted(out, args[0].weights.index_select(0, args[1])[:, None])
+            return out
+
+
 class WeightedRPN(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposal network, with weighted losses. Anchors are sampled as ever."""
+
+    # The labels that carry weights pass through it; its head is compiled all the same.
+    forward = torch.compiler.disable(RegionProposalNetwork.forward, recursive=False)
 
     @eager
     def assign_targets_to_anchors(
@@ -119,7 +143,7 @@ class WeightedRPN(RegionProposalNetwork):  # type: ignore[misc]
         if weights is None:
             return super().assign_targets_to_anchors(anchors, targets)  # type: ignore[no-any-return]
         # The parent gathers the matched boxes but tells no indices, so the weights ride on the boxes it gathers.
-        riding = [{**t, "boxes": weighted(t["boxes"], w[:, None])} for t, w in zip(targets, weights, strict=True)]
+        riding = [{**t, "boxes": _WeightedBoxes.of(t["boxes"], w)} for t, w in zip(targets, weights, strict=True)]
         labels, boxes = super().assign_targets_to_anchors(anchors, riding)
         assert all(isinstance(b, WeightedTensor) or len(w) == 0 for b, w in zip(boxes, weights, strict=True))
         rows = [torch.where(y > 0, weights_of(b)[:, 0], 1.0) for y, b in zip(labels, boxes, strict=True)]

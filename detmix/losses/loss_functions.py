@@ -4,12 +4,22 @@ They build their criterion anew at each step, inside of a function that the mode
 code is run here with the names of its criteria bound to weighted subclasses of them; nothing is copied or patched.
 """
 
+import functools
+import inspect
+from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_map
 
 from detmix.losses.criteria import WeightedCriterion
+from detmix.losses.matching import CheckedTargets, all_box_weights, eager
+from detmix.losses.weighted_tensor import WeightedTensor, carry
+
+ROW_FUNCTIONS = frozenset({"box_iou", "center_to_corners_format", "generalized_box_iou"})
+"""Functions of ``(num_rows, 4)`` boxes that give a row for each: as one step, they cost weights no time."""
 
 
 class WeightedLossFunction:
@@ -22,12 +32,17 @@ class WeightedLossFunction:
     def __init__(self, function: FunctionType) -> None:
         self.function = function
 
+    @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns, its losses weighted."""
-        names = self.function.__globals__ | weighted_criteria(self.function)
-        rebound = FunctionType(self.function.__code__, names, argdefs=self.function.__defaults__)
-        rebound.__kwdefaults__ = self.function.__kwdefaults__
-        return rebound(*args, **kwargs)
+        call = _signature(self.function).bind(*args, **kwargs)
+        labels = call.arguments.get("labels")
+        if labels is not None and (weights := all_box_weights(labels)) is not None:
+            call.arguments["labels"] = CheckedTargets(labels, weights)
+        return rebound(self.function, weighted_criteria(self.function))(*call.args, **call.kwargs)
+
+
+_signature = functools.cache(inspect.signature)
 
 
 def weighted_criteria(function: Any) -> dict[str, type]:
@@ -36,10 +51,42 @@ def weighted_criteria(function: Any) -> dict[str, type]:
         return {}
     named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
     return {
-        name: type(f"Weighted{name}", (WeightedCriterion, criterion), {})
+        name: weighted_criterion(criterion)  # type: ignore[arg-type]  # mypy finds classes of modules unhashable
         for name, criterion in named.items()
         if isinstance(criterion, type) and issubclass(criterion, nn.Module) and hasattr(criterion, "get_loss")
     }
+
+
+@functools.cache
+def weighted_criterion(criterion: type) -> type:
+    """A weighted subclass, whose methods find functions that work row by row under the names of the stock ones."""
+    methods = {}
+    for name, method in inspect.getmembers(criterion, inspect.isfunction):
+        used = ROW_FUNCTIONS.intersection(method.__code__.co_names, method.__globals__)
+        if used:
+            methods[name] = rebound(method, {key: by_row(method.__globals__[key]) for key in used})
+    return type(f"Weighted{criterion.__name__}", (WeightedCriterion, criterion), methods)
+
+
+def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes each row of its results from one row of its first argument, told so."""
+
+    def call(x: Tensor, *args: Any) -> Any:
+        if type(x) is not WeightedTensor or x.rows.dims[-1] is not None or WeightedTensor in map(type, args):
+            return function(x, *args)
+        with DisableTorchFunctionSubclass():
+            return tree_map(lambda out: carry(out, x.rows), function(x, *args))
+
+    return call
+
+
+def rebound(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """The same code, with some of the names of its module bound to something else."""
+    new = FunctionType(
+        function.__code__, function.__globals__ | names, function.__name__, function.__defaults__, function.__closure__
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
 
 
 def is_transformers_detector(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """The weights of boxes, and of the rows of a loss that are matched to them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detmix.checks import check_target
+from detmix.losses._compact import Rows
 
 Target = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -62,18 +64,32 @@ def box_weights(target: Target, index: int | None = None) -> Tensor:
     if weights.device != boxes.device:
         raise ValueError(f"{name} must be on {boxes.device} as the boxes are, but is on {weights.device}.")
     # On a GPU the values stay unchecked: to look at them, Python would wait for it at every step.
-    if weights.device.type == "cpu" and not bool(((weights >= 0) & weights.isfinite()).all()):
-        raise ValueError(f"{name} must be finite and not negative, but holds {weights.tolist()}.")
+    if weights.device.type == "cpu" and len(weights):
+        lowest, highest = weights.aminmax()  # both NaN if any is
+        if not 0 <= float(lowest) <= float(highest) < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, but holds {weights.tolist()}.")
     return weights.float()
 
 
 def row_weights(weights: Tensor, matched_idxs: Tensor) -> Tensor:
     """`match_weights` by the weights of the boxes."""
-    return F.pad(weights, (1, 0), value=1.0)[matched_idxs.clamp(min=-1) + 1]
+    places = matched_idxs.clamp(min=-1) + 1
+    return F.pad(weights, (1, 0), value=1.0).index_select(0, places.flatten()).view(places.shape)
+
+
+class CheckedTargets(list[Target]):
+    """The targets of one step and their boxes' weights, which a criterion asks for at each loss of each layer."""
+
+    def __init__(self, targets: list[Target], weights: list[Tensor]) -> None:
+        super().__init__(targets)
+        self.weights = weights
+        self.matched: tuple[Any, Rows] | None = None  # indices that were asked for last, and the rows' weights
 
 
 def all_box_weights(targets: list[Target], num_classes: int | None = None) -> list[Tensor] | None:
     """The weights of each target's boxes, or None where no target has any: stock code then runs as it is."""
+    if isinstance(targets, CheckedTargets):
+        return targets.weights
     for i, target in enumerate(targets):  # or a NaN box trains in silence, and a label too high fails deep inside torch
         check_target(target, where=f"targets[{i}]", num_classes=num_classes)
     if not any("weights" in target for target in targets):

@@ -15,7 +15,7 @@ from torch._C import DisableTorchFunctionSubclass  # the switch that torchvision
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
-from detmix.losses._compact import agreed, fits, pad
+from detmix.losses._compact import Rows, agreed, fits, pad
 
 Function = Callable[..., Any]
 Rule = Callable[..., Any]
@@ -28,13 +28,14 @@ The rules a new entry will want are :func:`elementwise`, :func:`move`, :func:`re
 
 
 class WeightedTensor(Tensor):
-    """A tensor whose entries count ``weights`` times in a sum or a mean; made by :func:`weighted`.
+    """A tensor whose entries count ``weights`` times in a sum or a mean; made by :func:`weighted`."""
 
-    Attributes:
-        weights: As many dimensions as the tensor, each of its size or 1: one weight a row stays one number a row.
-    """
+    rows: Rows
 
-    weights: Tensor
+    @property
+    def weights(self) -> Tensor:
+        """What each entry counts: as many dimensions as the tensor, each of its size or 1."""
+        return self.rows.weights
 
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -66,14 +67,26 @@ def weighted(x: Tensor, weights: Tensor) -> WeightedTensor:
     """
     if not fits(weights, x.shape):
         raise ValueError(f"weights of shape {tuple(weights.shape)} do not broadcast to the tensor's {tuple(x.shape)}.")
-    out = x.as_subclass(WeightedTensor)
-    out.weights = pad(weights, x.ndim)
-    return out
+    return carry(x.as_subclass(WeightedTensor), pad(weights, x.ndim))
 
 
 def weights_of(x: Tensor) -> Tensor:
     """The weights ``x`` carries, of a shape that broadcasts to its own; a single 1 for a tensor that carries none."""
     return x.weights if isinstance(x, WeightedTensor) else torch.ones((1,) * x.ndim, device=x.device)
+
+
+def carry(x: Tensor, weights: Rows | Tensor) -> WeightedTensor:
+    """Have a function's fresh result carry weights, which have its number of dimensions and fit.
+
+    Python's class of a plain tensor is switched: ``as_subclass`` would make a view of it, another node for autograd to
+    visit, and take longer than most of what a loss computes on its rows.
+    """
+    if type(x) is Tensor:
+        x.__class__ = WeightedTensor
+    elif type(x) is not WeightedTensor or "rows" in x.__dict__:  # a function may return its argument
+        x = x.as_subclass(WeightedTensor)
+    x.rows = weights if isinstance(weights, Rows) else Rows.of(weights)  # type: ignore[attr-defined]
+    return x  # type: ignore[return-value]
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
@@ -84,8 +97,8 @@ def elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     if out.dtype == torch.bool:
         return out
-    carried = [pad(x.weights, out.ndim) for x in (*args, *kwargs.values()) if isinstance(x, WeightedTensor)]
-    return weighted(out, agreed_weights(func, carried))
+    carried = [x.rows.pad(out.ndim) for x in (*args, *kwargs.values()) if type(x) is WeightedTensor]
+    return carry(out, agreed_rows(func, carried))
 
 
 def move(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -94,7 +107,7 @@ def move(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     The weights are spread to the shape of the argument first, which costs no memory, but may in the function.
     """
     out = func(x, *args, **kwargs)
-    return weighted(out, func(x.weights.expand(x.shape), *args, **kwargs)) if isinstance(x, WeightedTensor) else out
+    return carry(out, func(x.weights.expand(x.shape), *args, **kwargs)) if isinstance(x, WeightedTensor) else out
 
 
 def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
@@ -108,13 +121,14 @@ def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool
     kwargs |= {"dim": dims, "keepdim": keepdim} if dims else {}
     if not isinstance(x, WeightedTensor) or not (x.is_floating_point() or x.is_complex()):
         return func(x, **kwargs)  # a sum of integers counts; it is no loss
-    if dims and all(x.weights.size(d) == 1 for d in dims):
-        return weighted(func(x, **kwargs), x.weights if keepdim else x.weights.squeeze(dims))
-    if kwargs or func not in _TOTALS:
+    if dims and (rows := x.rows.remove(dims)) is not None:
+        return carry(func(x, **kwargs), x.rows if keepdim else rows)
+    if kwargs or func not in _TOTALS or x.numel() < _LARGE:
         return func(scaled(x, x.weights), **kwargs)
     return _WeightedSum.apply(x.as_subclass(Tensor), x.weights, func)
 
 
+_LARGE = 2**18
 _TOTALS = (torch.sum, torch.mean, Tensor.sum, Tensor.mean)
 
 
@@ -132,7 +146,10 @@ class _WeightedSum(torch.autograd.Function):
         ctx.shape, ctx.count = x.shape, 1 if func in (Tensor.sum, torch.sum) else x.numel()
         ctx.save_for_backward(weights, rows if ctx.needs_input_grad[1] else None)
         total = ((rows * weights).sum() / ctx.count).to(x.dtype)
-        return torch.where((weights == 1).all(), func(x), total)  # an `if` would wait for the GPU
+        unit = (weights == 1).all()
+        if x.device.type != "cpu":
+            return torch.where(unit, func(x), total)  # an `if` would wait for the GPU
+        return total if not unit else func(x)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -169,13 +186,13 @@ def lost(func: Function, *args: Any, **kwargs: Any) -> NotImplementedError:
     )
 
 
-def agreed_weights(func: Function, candidates: list[Tensor]) -> Tensor:
+def agreed_rows(func: Function, candidates: list[Rows]) -> Rows:
     """The weights of the operands of one call, which must be the same, and must be some."""
     if not candidates:  # only something nested in an argument carries weights
         raise lost(func)
-    if (weights := agreed(candidates)) is None:  # rows meet only themselves: else, whose weight would the result have?
+    if (rows := agreed(candidates)) is None:  # rows meet only themselves: else, whose weight would the result have?
         raise NotImplementedError(f"{resolve_name(func)} was called on tensors of different loss weights.")
-    return weights
+    return rows
 
 
 def scaled(x: Tensor, weights: Tensor) -> Tensor:
