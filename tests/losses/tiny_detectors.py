@@ -37,6 +37,15 @@ def detr(name, levels=LEVELS[2:], width="d_model", **kwargs):
     return getattr(tf, f"{name}Config")(backbone_config=backbone, **own | HEADS | FFN | DECODER | kwargs)
 
 
+def rt_resnet():
+    return resnet(tf.RTDetrResNetConfig, LEVELS)
+
+
+def yolos():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    return tf.YolosConfig(image_size=[64, 64], num_detection_tokens=12, num_labels=CLASSES, **sizes)
+
+
 def segmenting(name):
     # Its mask head wants four levels, and widths that eight heads leave divisible by 8.
     return detr(name, ["stem", *LEVELS], encoder_attention_heads=8, decoder_attention_heads=8)
@@ -75,33 +84,42 @@ def rf_detr():
     return grouped("RfDetr", "RfDetrDinov2Config", ratio, out_indices=[1, 2], patch_size=16)
 
 
-CONFIGS = {
-    "DetrForObjectDetection": lambda: detr("Detr"),
-    "DetrForSegmentation": lambda: segmenting("Detr"),
-    "TableTransformerForObjectDetection": lambda: detr("TableTransformer"),
-    "YolosForObjectDetection": lambda: tf.YolosConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=[64, 64],
-        num_detection_tokens=12,
-        num_labels=CLASSES,
+LAYERS, ENCODED = ["", "_0"], ["", "_0", "_enc"]
+REAL_TIME = ["", "_aux_0", "_aux_1", "_dn_0", "_dn_1"]  # aux_1 is the encoder's
+LOCAL = ["_aux_0", "_dn_0", "_dn_1"]
+
+# What to build, and which terms its loss must have at which of its outputs.
+MODELS = {
+    "DetrForObjectDetection": (lambda: detr("Detr"), {"ce bbox giou": LAYERS}),
+    "DetrForSegmentation": (lambda: segmenting("Detr"), {"ce bbox giou": LAYERS, "mask dice": [""]}),
+    "TableTransformerForObjectDetection": (lambda: detr("TableTransformer"), {"ce bbox giou": LAYERS}),
+    "YolosForObjectDetection": (yolos, {"ce bbox giou": [""]}),
+    "ConditionalDetrForObjectDetection": (lambda: detr("ConditionalDetr"), {"ce bbox giou": LAYERS}),
+    "ConditionalDetrForSegmentation": (
+        lambda: segmenting("ConditionalDetr"),
+        {"ce bbox giou": LAYERS, "mask dice": [""]},
     ),
-    "ConditionalDetrForObjectDetection": lambda: detr("ConditionalDetr"),
-    "ConditionalDetrForSegmentation": lambda: segmenting("ConditionalDetr"),
-    "DabDetrForObjectDetection": lambda: detr("DabDetr", width="hidden_size"),
-    "DeformableDetrForObjectDetection": lambda: detr("DeformableDetr", LEVELS),
-    "GroundingDinoForObjectDetection": lambda: grounded("GroundingDino"),
-    "MMGroundingDinoForObjectDetection": lambda: grounded("MMGroundingDino"),
-    "LwDetrForObjectDetection": lw_detr,
-    "RfDetrForObjectDetection": rf_detr,
-    "RfDetrForInstanceSegmentation": rf_detr,
-    "RTDetrForObjectDetection": lambda: real_time("RTDetr", resnet(tf.RTDetrResNetConfig, LEVELS)),
-    "RTDetrV2ForObjectDetection": lambda: real_time("RTDetrV2", resnet(tf.RTDetrResNetConfig, LEVELS)),
-    "DFineForObjectDetection": lambda: real_time("DFine", hgnet()),
-    "Deimv2ForObjectDetection": lambda: real_time("Deimv2", hgnet()),
-    "Deimv2ForObjectDetection, dense": lambda: real_time("Deimv2", hgnet(), use_dense_one_to_one=True),
+    "DabDetrForObjectDetection": (lambda: detr("DabDetr", width="hidden_size"), {"ce bbox giou": LAYERS}),
+    "DeformableDetrForObjectDetection": (lambda: detr("DeformableDetr", LEVELS), {"ce bbox giou": LAYERS}),
+    "GroundingDinoForObjectDetection": (lambda: grounded("GroundingDino"), {"ce bbox giou": ENCODED}),
+    "MMGroundingDinoForObjectDetection": (lambda: grounded("MMGroundingDino"), {"ce bbox giou": ENCODED}),
+    "LwDetrForObjectDetection": (lw_detr, {"ce bbox giou": ENCODED}),
+    "RfDetrForObjectDetection": (rf_detr, {"ce bbox giou": ENCODED}),
+    "RfDetrForInstanceSegmentation": (rf_detr, {"ce bbox giou mask_ce mask_dice": ENCODED}),
+    "RTDetrForObjectDetection": (lambda: real_time("RTDetr", rt_resnet()), {"vfl bbox giou": REAL_TIME}),
+    "RTDetrV2ForObjectDetection": (lambda: real_time("RTDetrV2", rt_resnet()), {"vfl bbox giou": REAL_TIME}),
+    "DFineForObjectDetection": (
+        lambda: real_time("DFine", hgnet()),
+        {"vfl bbox giou": REAL_TIME, "fgl ddf": LOCAL},
+    ),
+    "Deimv2ForObjectDetection": (
+        lambda: real_time("Deimv2", hgnet()),
+        {"mal bbox giou": REAL_TIME, "fgl ddf": LOCAL},
+    ),
+    "Deimv2ForObjectDetection, each layer by its own matches": (
+        lambda: real_time("Deimv2", hgnet(), use_dense_one_to_one=False),
+        {"mal bbox giou": REAL_TIME, "fgl ddf": LOCAL},
+    ),
 }
 
 
@@ -110,7 +128,7 @@ def build(name):
     if cls is None:
         pytest.skip(f"transformers {tf.__version__} has no {name}")
     torch.manual_seed(0)
-    model = cls(CONFIGS[name]()).train()
+    model = cls(MODELS[name][0]()).train()
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
