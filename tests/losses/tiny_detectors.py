@@ -137,7 +137,7 @@ def build(name):
     return model
 
 
-def labels(weights=None):
+def labels(weights=None, counts=COUNTS):
     rng = torch.Generator().manual_seed(1)
     made = [
         {
@@ -145,17 +145,17 @@ def labels(weights=None):
             "boxes": torch.rand(n, 4, generator=rng) * 0.4 + 0.2,
             "masks": torch.rand(n, 24, 24, generator=rng) > 0.5,
         }
-        for n in COUNTS
+        for n in counts
     ]
-    for label, own in zip(made, () if weights is None else weights.split(COUNTS), strict=weights is not None):
+    for label, own in zip(made, () if weights is None else weights.split(counts), strict=weights is not None):
         label["weights"] = own
     return made
 
 
-def forward(model, weights=None):
+def forward(model, *label_args):
     """The model's output on noise, with the labels above, every draw of its own the same at each call."""
     torch.manual_seed(5)
     inputs = {"pixel_values": torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))}
     if "Grounding" in type(model).__name__:  # as many phrases as classes, of one token or two
         inputs["input_ids"] = torch.tensor([[101, 5, 1012, 6, 7, 1012, 8, 1012, 9, 1012, 102]]).repeat(3, 1)
-    return model(labels=labels(weights), **inputs)
+    return model(labels=labels(*label_args), **inputs)
