@@ -139,12 +139,12 @@ def test_an_object_of_weight_0_is_in_no_term(calls):
 
 
 @pytest.mark.parametrize(
-    ("model", "times"),
-    [("LwDetrForObjectDetection", 2), ("Deimv2ForObjectDetection", 1.1), ("RTDetrForObjectDetection", 2)],
+    ("model", "call"),
+    [("LwDetrForObjectDetection", 0), ("Deimv2ForObjectDetection", 1), ("RTDetrForObjectDetection", -1)],
     indirect=["model"],
 )
-def test_these_models_match_an_object_to_several_queries(calls, times):
-    assert max(sum(len(queries) for queries, _ in call.indices) for call in calls(WEIGHTS)) >= 5 * times
+def test_groups_layers_and_denoising_match_an_object_to_several_queries(calls, call):
+    assert sum(len(queries) for queries, _ in calls(WEIGHTS)[call].indices) > len(WEIGHTS)
 
 
 def share(call, name, matched):

@@ -1,4 +1,4 @@
-"""The detectors of ``transformers`` whose criterion has DETR's ``get_loss``, a few hundred parameters wide."""
+"""The detectors of ``transformers`` whose criterion has DETR's ``get_loss``, tiny and with random parameters."""
 
 import pytest
 import torch
