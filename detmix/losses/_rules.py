@@ -124,6 +124,18 @@ def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -
     return type(result)((carry(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
 
 
+def _topk(func: Function, x: WeightedTensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    return _sort(lambda x, dim: func(x, k, dim, *args, **kwargs), x, dim)
+
+
+def _resample(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Each map of ``(N, C, ...)`` is sampled for itself, at points that belong to it and carry no weights."""
+    points = any(isinstance(arg, WeightedTensor) for arg in (*args, *kwargs.values()))
+    if points or any(weights_of(x).size(d) > 1 for d in range(2, x.ndim)):
+        raise lost(func, x, *args, **kwargs)
+    return weighted(func(x, *args, **kwargs), weights_of(x))
+
+
 def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:
     if x.rows.dims[dim] is not None:  # the result would mix entries of different weights
         raise lost(func, x)
@@ -201,6 +213,8 @@ _register(_setitem, "__setitem__")
 _register(_where, "where")
 _register(_extreme, "max", "min")
 _register(_sort, "sort")
+_register(_topk, "topk")
+_register(_resample, "interpolate", "grid_sample")
 _register(_along, "softmax", "log_softmax")
 _register(reduce, "sum", "mean")
 _register(_loss, "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "kl_div")

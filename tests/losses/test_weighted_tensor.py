@@ -114,7 +114,39 @@ def test_extremes_and_sorted_values_weigh_what_their_entry_weighs():
     assert torch.equal(full(weighted(x, weights).min(dim=1, keepdim=True).values), weights)
     values, indices = weighted(x, weights).sort(0, descending=True)
     assert torch.equal(full(values), weights.expand(3, 4).gather(0, indices))
+    values, indices = torch.topk(weighted(x, weights), k=2, dim=0, largest=False)
+    assert torch.equal(full(values), weights.expand(3, 4).gather(0, indices))
+    assert torch.equal(values.as_subclass(torch.Tensor), torch.topk(x, 2, 0, largest=False).values)
+    assert torch.equal(full(weighted(x, weights).topk(2).values), weights.expand(3, 2))
     assert torch.equal(full(torch.max(weighted(x, weights), torch.tensor(0.5))), weights.expand(3, 4))
+
+
+SAMPLES = {
+    "interpolate": lambda x: F.interpolate(x, size=(7, 3), mode="bilinear"),
+    "grid_sample": lambda x: F.grid_sample(x, 2 * rand(2, 5, 6, 2, seed=3) - 1, align_corners=False),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (1, 3, 1, 1), (2, 3, 1, 1)], ids=str)
+def test_samples_of_a_map_weigh_what_the_map_weighs(name, shape):
+    x, weights = rand(2, 3, 4, 4, seed=1), rand(*shape)
+    out = SAMPLES[name](weighted(x, weights))
+    assert torch.equal(out.as_subclass(torch.Tensor), SAMPLES[name](x))
+    assert torch.equal(full(out), weights.expand(*out.shape))
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("shape", [(4, 1), (1, 4), (2, 1, 4, 4)], ids=str)
+def test_samples_between_entries_of_different_weights_are_refused(name, shape):
+    with pytest.raises(NotImplementedError, match=f"{name}.* has no rule that keeps these loss weights"):
+        SAMPLES[name](weighted(rand(2, 3, 4, 4), rand(*shape)))
+
+
+def test_samples_at_weighted_points_are_refused():
+    points = weighted(rand(2, 5, 6, 2), rand(2, 1, 1, 1))
+    with pytest.raises(NotImplementedError, match="grid_sample, called on a tensor of shape"):
+        F.grid_sample(rand(2, 3, 4, 4), points, align_corners=False)
 
 
 # ---- weights apply where rows are summed ----
