@@ -17,6 +17,7 @@ from detmix.losses.matching import box_weights
 from tests.losses.tiny import (
     CLASSES,
     DETECTORS,
+    EVERY,
     assert_same_bits,
     batch,
     gradients,
@@ -42,10 +43,12 @@ def test_unit_and_missing_weights_keep_every_bit(stock, weights):
     assert_same_bits(gradients(model, got), gradients(stock, expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [None, split(torch.ones(5))], ids=["missing", "unit"])
-def test_unit_weights_keep_every_bit_under_autocast(stock, weights):
+@pytest.mark.parametrize("stock", EVERY, indirect=True)
+def test_unit_weights_keep_every_bit_under_autocast(stock, weights, dtype):
     model = weighted_copy(stock)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         expected, got = losses_of(stock), losses_of(model, weights)
     assert_same_bits(got, expected)
     assert_same_bits(gradients(model, got), gradients(stock, expected))
@@ -133,19 +136,15 @@ def test_the_gradients_are_weighted_as_the_losses_are(stock):
             torch.testing.assert_close(2 * half, grads[0][name] + grads[2][name], rtol=1e-4, atol=1e-5)
 
 
-def test_losses_are_weighted_without_gradients_too(stock):
-    model, weights = weighted_copy(stock), split(torch.rand(5))
-    expected = losses_of(model, weights)
-    with torch.no_grad():
-        assert_same_bits(losses_of(model, weights), expected)
-
-
-def test_losses_under_autocast_are_finite_and_nearly_affine(stock):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stock", EVERY, indirect=True)
+def test_losses_under_autocast_are_finite_and_nearly_affine(stock, dtype):
     model, one, other = weighted_copy(stock), torch.rand(5), torch.rand(5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         ends = losses_of(model, split(one)), losses_of(model, split(other))
         for name, loss in losses_of(model, split((one + other) / 2)).items():
             assert loss.isfinite()
+            assert "cardinality" in name or ends[0][name] != ends[1][name]
             torch.testing.assert_close(2 * loss, ends[0][name] + ends[1][name], rtol=2e-2, atol=2e-2)
 
 
