@@ -1,10 +1,13 @@
-"""Weighted detectors in DistributedDataParallel."""
+"""Weighted detectors in DistributedDataParallel and FSDP."""
 
 import pytest
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
+from torch.utils._pytree import tree_map_only
 
 from tests.losses.tiny import EVERY, batch, gradients, losses_on, split, tiny, weighted_copy
 
@@ -28,14 +31,22 @@ def deterministic(name):
 def train(rank, folder):
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    results = {}
+    mesh, results = init_device_mesh("cpu", (2,)), {}
     for name in EVERY:
-        # The halves differ in their weights alone: most losses are divided by counts of rows of the batch, which DDP
-        # does not add up, and are the joined batch's where each half has half of its rows.
-        model = DistributedDataParallel(deterministic(name))
-        losses = losses_on(model, *batch(split(HALVES[rank], COUNTS), COUNTS))
-        results[name] = {k: loss.detach() for k, loss in losses.items()}, gradients(model.module, losses)
-    torch.save(results, folder / f"{rank}.pt")
+        # The halves differ in their weights alone: most losses are divided by counts of rows of the batch, which the
+        # processes do not add up, and are the joined batch's where each half has half of its rows.
+        half = batch(split(HALVES[rank], COUNTS), COUNTS)
+        parallel = DistributedDataParallel(deterministic(name))
+        losses = losses_on(parallel, *half)
+        results["ddp", name] = losses, gradients(parallel.module, losses)
+        sharded = fully_shard(deterministic(name), mesh=mesh)
+        losses = losses_on(sharded, *half)
+        shards = gradients(sharded, losses)
+        results["fsdp", name] = (
+            losses,
+            {k: shard if shard is None else shard.full_tensor() for k, shard in shards.items()},
+        )
+    torch.save(tree_map_only(torch.Tensor, torch.Tensor.detach, results), folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 
@@ -46,13 +57,14 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", EVERY)
-def test_two_processes_agree_with_one_on_the_joined_batch(ranks, name):
-    (first, grads), (second, others) = (results[name] for results in ranks)
+def test_two_processes_agree_with_one_on_the_joined_batch(ranks, name, wrapper):
+    (first, grads), (second, others) = (results[wrapper, name] for results in ranks)
     model = deterministic(name)
     images, targets = batch(None, COUNTS)
     plain = losses_on(model, images, targets)
-    weighted = batch(split(HALVES[0], COUNTS), COUNTS)[1] + batch(split(HALVES[1], COUNTS), COUNTS)[1]
+    weighted = [target for half in HALVES for target in batch(split(half, COUNTS), COUNTS)[1]]
     joined = losses_on(model, images * 2, weighted)
     for term, loss in joined.items():
         assert_close((first[term] + second[term]) / 2, loss)
