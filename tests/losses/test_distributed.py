@@ -42,10 +42,8 @@ def train(rank, folder):
         sharded = fully_shard(deterministic(name), mesh=mesh)
         losses = losses_on(sharded, *half)
         shards = gradients(sharded, losses)
-        results["fsdp", name] = (
-            losses,
-            {k: shard if shard is None else shard.full_tensor() for k, shard in shards.items()},
-        )
+        whole = {k: shard if shard is None else shard.full_tensor() for k, shard in shards.items()}
+        results["fsdp", name] = losses, whole
     torch.save(tree_map_only(torch.Tensor, torch.Tensor.detach, results), folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
