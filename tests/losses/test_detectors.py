@@ -3,147 +3,31 @@
 import copy
 import io
 import math
-from collections import OrderedDict
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import keypoints_to_heatmap, project_masks_on_boxes
 from torchvision.models.detection.ssd import SSD
-from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import MultiScaleRoIAlign, box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from detmix.losses import match_weights, weight_losses
 from detmix.losses.matching import box_weights
+from tests.losses.tiny import (
+    CLASSES,
+    DETECTORS,
+    EVERY,
+    assert_same_bits,
+    batch,
+    gradients,
+    losses_of,
+    losses_on,
+    split,
+    weighted_copy,
+)
 
-CLASSES, SIZE, COUNTS = 4, 64, (3, 2, 0)
 BACKGROUND_TERMS = {"classification", "loss_classifier", "loss_objectness"}
-
-
-class Backbone(nn.Module):
-    def __init__(self, out_channels=32):
-        super().__init__()
-        self.out_channels = out_channels
-        self.fine, self.coarse = nn.Conv2d(3, 32, 8, 8), nn.Conv2d(32, 32, 3, 2, 1)
-
-    def forward(self, x):
-        fine = self.fine(x).relu()
-        return OrderedDict([("0", fine), ("1", self.coarse(fine).relu())])
-
-
-def anchors(sizes=((16,), (32,)), ratios=(0.5, 1.0)):
-    return AnchorGenerator(sizes, (ratios,) * 2)
-
-
-def ssd(head=None):
-    generator = DefaultBoxGenerator([[2], [2]], scales=[0.2, 0.4, 0.6])
-    head = head and head(generator.num_anchors_per_location())
-    return SSD(Backbone([32, 32]), generator, (SIZE, SIZE), CLASSES, head=head)
-
-
-def rcnn(cls, **options):
-    return cls(
-        Backbone(),
-        min_size=SIZE,
-        max_size=SIZE,
-        box_head=TwoMLPHead(32 * 3 * 3, 64),
-        box_predictor=FastRCNNPredictor(64, CLASSES),
-        rpn_anchor_generator=anchors(),
-        box_roi_pool=MultiScaleRoIAlign(["0", "1"], 3, 2),
-        rpn_batch_size_per_image=64,
-        box_batch_size_per_image=24,
-        **options,
-    )
-
-
-DETECTORS = {
-    "retinanet": lambda: RetinaNet(Backbone(), CLASSES, min_size=SIZE, max_size=SIZE, anchor_generator=anchors()),
-    "fcos": lambda: FCOS(
-        Backbone(), CLASSES, min_size=SIZE, max_size=SIZE, anchor_generator=anchors(((8,), (16,)), (1.0,))
-    ),
-    "ssd": ssd,
-    "ssdlite": lambda: ssd(lambda n: SSDLiteHead([32, 32], n, CLASSES, partial(nn.BatchNorm2d, momentum=0.03))),
-    "fasterrcnn": lambda: rcnn(FasterRCNN),
-    "maskrcnn": lambda: rcnn(
-        MaskRCNN,
-        mask_roi_pool=MultiScaleRoIAlign(["0", "1"], 4, 2),
-        mask_head=MaskRCNNHeads(32, (16,), 1),
-        mask_predictor=MaskRCNNPredictor(16, 16, CLASSES),
-    ),
-    "keypointrcnn": lambda: rcnn(
-        KeypointRCNN,
-        keypoint_roi_pool=MultiScaleRoIAlign(["0", "1"], 4, 2),
-        keypoint_head=KeypointRCNNHeads(32, (16,)),
-        keypoint_predictor=KeypointRCNNPredictor(16, 3),
-    ),
-}
-
-
-@pytest.fixture(params=DETECTORS)
-def stock(request):
-    torch.manual_seed(1)
-    model = DETECTORS[request.param]().train()
-    for name, parameter in model.named_parameters():  # predictions that start at 0.01 leave no differences to see
-        if "bbox" in name or "cls_" in name:
-            nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-def batch(weights=None, counts=COUNTS):
-    rng = torch.Generator().manual_seed(3)
-    images, targets = [torch.rand(3, SIZE, SIZE, generator=rng) for _ in counts], []
-    for i, n in enumerate(counts):
-        corner, side = torch.rand(n, 2, generator=rng) * 24, torch.rand(n, 2, generator=rng) * 16 + 16
-        points = corner[:, None] + side[:, None] * torch.rand(n, 3, 2, generator=rng)
-        target = {
-            "boxes": torch.cat([corner, corner + side], 1),
-            "labels": torch.randint(1, CLASSES, (n,), generator=rng),
-            "masks": torch.randint(0, 2, (n, SIZE, SIZE), generator=rng, dtype=torch.uint8),
-            "keypoints": F.pad(points, (0, 1), value=1.0),
-        }
-        if weights is not None and weights[i] is not None:
-            target["weights"] = weights[i]
-        targets.append(target)
-    return images, targets
-
-
-def split(weights, counts=COUNTS):
-    return list(torch.as_tensor(weights, dtype=torch.float32).split(counts))
-
-
-def losses_of(model, weights=None, **options):
-    return losses_on(model, *batch(weights, **options))
-
-
-def losses_on(model, images, targets):
-    torch.manual_seed(5)  # of the samplers
-    losses = model(images, targets)
-    assert all(type(loss) is torch.Tensor for loss in losses.values())
-    return losses
-
-
-def gradients(model, losses):
-    model.zero_grad()
-    sum(losses.values()).backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
-def assert_same_bits(got, expected):
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert (got[name] is None) == (value is None), name
-        assert value is None or (got[name].dtype == value.dtype and torch.equal(got[name], value)), name
-
-
-def weighted_copy(stock):
-    return weight_losses(copy.deepcopy(stock))
 
 
 # ---- weights of 1 ----
@@ -159,10 +43,12 @@ def test_unit_and_missing_weights_keep_every_bit(stock, weights):
     assert_same_bits(gradients(model, got), gradients(stock, expected))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("weights", [None, split(torch.ones(5))], ids=["missing", "unit"])
-def test_unit_weights_keep_every_bit_under_autocast(stock, weights):
+@pytest.mark.parametrize("stock", EVERY, indirect=True)
+def test_unit_weights_keep_every_bit_under_autocast(stock, weights, dtype):
     model = weighted_copy(stock)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         expected, got = losses_of(stock), losses_of(model, weights)
     assert_same_bits(got, expected)
     assert_same_bits(gradients(model, got), gradients(stock, expected))
@@ -250,19 +136,15 @@ def test_the_gradients_are_weighted_as_the_losses_are(stock):
             torch.testing.assert_close(2 * half, grads[0][name] + grads[2][name], rtol=1e-4, atol=1e-5)
 
 
-def test_losses_are_weighted_without_gradients_too(stock):
-    model, weights = weighted_copy(stock), split(torch.rand(5))
-    expected = losses_of(model, weights)
-    with torch.no_grad():
-        assert_same_bits(losses_of(model, weights), expected)
-
-
-def test_losses_under_autocast_are_finite_and_nearly_affine(stock):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stock", EVERY, indirect=True)
+def test_losses_under_autocast_are_finite_and_nearly_affine(stock, dtype):
     model, one, other = weighted_copy(stock), torch.rand(5), torch.rand(5)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         ends = losses_of(model, split(one)), losses_of(model, split(other))
         for name, loss in losses_of(model, split((one + other) / 2)).items():
             assert loss.isfinite()
+            assert "cardinality" in name or ends[0][name] != ends[1][name]
             torch.testing.assert_close(2 * loss, ends[0][name] + ends[1][name], rtol=2e-2, atol=2e-2)
 
 
