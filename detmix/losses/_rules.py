@@ -133,7 +133,7 @@ def _resample(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     points = any(isinstance(arg, WeightedTensor) for arg in (*args, *kwargs.values()))
     if points or any(weights_of(x).size(d) > 1 for d in range(2, x.ndim)):
         raise lost(func, x, *args, **kwargs)
-    return weighted(func(x, *args, **kwargs), weights_of(x))
+    return carry(func(x, *args, **kwargs), weights_of(x))
 
 
 def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:

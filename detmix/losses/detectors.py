@@ -132,7 +132,7 @@ class WeightedRPN(RegionProposalNetwork):  # type: ignore[misc]
     """torchvision's region proposal network, with weighted losses. Anchors are sampled as ever."""
 
     # The labels that carry weights pass through it; its head is compiled all the same.
-    forward = torch.compiler.disable(RegionProposalNetwork.forward, recursive=False)
+    forward = torch.compiler.disable(RegionProposalNetwork.forward, recursive=False)  # type: ignore[no-untyped-call]
 
     @eager
     def assign_targets_to_anchors(

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from torch._dynamo.exc import InternalTorchDynamoError
 
 from detmix.losses import weight_losses
 from tests.losses.tiny import EVERY, assert_same_bits, gradients, losses_of, split, tiny, weighted_copy
@@ -12,13 +11,6 @@ from tests.losses.tiny import EVERY, assert_same_bits, gradients, losses_of, spl
 WEIGHTS = split([0.3, 0.0, 1.7, 0.9, 0.4])
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in ("ssdlite", "fasterrcnn")]
-FAILS = {
-    **dict.fromkeys(
-        ("fasterrcnn", "maskrcnn", "keypointrcnn"),
-        "labels that carry weights cross RegionProposalNetwork.forward, which is compiled",
-    ),
-    **dict.fromkeys(("detr", "rtdetr"), "WeightedLossFunction.__call__, which builds a function, is compiled"),
-}
 
 
 @pytest.fixture
@@ -57,11 +49,7 @@ def test_a_compiled_backbone_keeps_every_bit_of_weighted_losses(compiled, name):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:`create_unbacked_symint` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["ssdlite", "fasterrcnn", *SLOW])
-def test_a_compiled_model_keeps_every_bit_of_weighted_losses_and_computes_them_outside_of_graphs(
-    request, compiled, name
-):
-    if name in FAILS:
-        request.applymarker(pytest.mark.xfail(raises=InternalTorchDynamoError, reason=FAILS[name]))
+def test_a_compiled_model_keeps_every_bit_of_weighted_losses_and_computes_them_outside_of_graphs(compiled, name):
     original = weighted_copy(tiny(name))
     model, (compile_, operations) = copy.deepcopy(original), compiled
     assert_same_training(compile_(model), original)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_for_object_detection import ImageLoss
 
 from detmix import WeightedCriterion, weight_losses
-from tests.losses.tiny_detectors import MODELS, build, forward
+from tests.losses.tiny_transformers import MODELS, build, forward
 
 WEIGHTS = torch.tensor([0.3, 0.9, 0.0, 0.6, 2.0])
 

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-import transformers as tf
 from torch import nn
 from torchvision.models.detection import FCOS, FasterRCNN, KeypointRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
@@ -18,6 +17,7 @@ from torchvision.models.detection.ssdlite import SSDLiteHead
 from torchvision.ops import MultiScaleRoIAlign, box_convert
 
 from detmix.losses import weight_losses
+from tests.losses.tiny_transformers import build
 
 CLASSES, SIZE, COUNTS = 4, 64, (3, 2, 0)
 
@@ -84,22 +84,9 @@ DETECTORS = {
 class FromTransformers(nn.Module):
     """A detector of transformers that is called as torchvision's are."""
 
-    def __init__(self, name, **options):
+    def __init__(self, name):
         super().__init__()
-        widths = {"embedding_size": 8, "hidden_sizes": [8, 8, 8, 16], "depths": [1] * 4, "layer_type": "basic"}
-        resnet = tf.ResNetConfig if name == "Detr" else tf.RTDetrResNetConfig
-        config = getattr(tf, f"{name}Config")(
-            backbone_config=resnet(out_features=["stage2", "stage3", "stage4"], **widths),
-            **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "decoder_layers"), 2),
-            **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 16),
-            d_model=16,
-            encoder_layers=1,
-            num_queries=12,
-            num_labels=CLASSES - 1,
-            dropout=0.0,
-            **options,
-        )
-        self.model = getattr(tf, f"{name}ForObjectDetection")(config)
+        self.model = build(name)
 
     def forward(self, images, targets=None):
         labels = None
@@ -119,14 +106,8 @@ class FromTransformers(nn.Module):
 
 
 QUERY_DETECTORS = {
-    "detr": lambda: FromTransformers("Detr", auxiliary_loss=True, use_timm_backbone=False),
-    "rtdetr": lambda: FromTransformers(
-        "RTDetr",
-        encoder_hidden_dim=16,
-        encoder_in_channels=[8, 8, 16],
-        decoder_in_channels=[16] * 3,
-        num_denoising=6,
-    ),
+    "detr": lambda: FromTransformers("DetrForObjectDetection"),
+    "rtdetr": lambda: FromTransformers("RTDetrForObjectDetection"),
 }
 EVERY = DETECTORS | QUERY_DETECTORS
 

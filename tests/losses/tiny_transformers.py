@@ -32,7 +32,7 @@ def hgnet():
 
 
 def detr(name, levels=LEVELS[2:], width="d_model", **kwargs):
-    own = {"use_timm_backbone": False, "auxiliary_loss": True, "encoder_layers": 1, width: 32}
+    own = {"use_timm_backbone": False, "auxiliary_loss": True, "encoder_layers": 1, "dropout": 0.0, width: 32}
     backbone = resnet(tf.ResNetConfig, levels)
     return getattr(tf, f"{name}Config")(backbone_config=backbone, **own | HEADS | FFN | DECODER | kwargs)
 
