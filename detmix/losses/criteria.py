@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from detmix.losses._compact import Rows
-from detmix.losses.matching import CheckedTargets, Target, all_box_weights, eager
+from detmix.losses.matching import CheckedTargets, Target, all_weights, eager
 from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.losses.weighting import DEFAULT
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
@@ -24,6 +25,9 @@ PREDICTIONS = ("pred_logits", "logits", "pred_boxes", "pred_corners", "pred_mask
 
 class WeightedCriterion:
     """Goes before a DETR-style criterion: ``class MyCriterion(WeightedCriterion, SetCriterion): ...``.
+
+    Attributes:
+        weighting: How the weights count; a :class:`~detmix.losses.weighting.Weighting` of one's own may be set.
 
     Example:
         >>> class Criterion(torch.nn.Module):
@@ -38,30 +42,45 @@ class WeightedCriterion:
         {'l1': tensor(1.5000)}
     """
 
+    weighting = DEFAULT
+
     @eager
     def get_loss(
-        self, loss: str, outputs: dict[str, Any], targets: list[Target], indices: Indices, *args: Any, **kwargs: Any
+        self,
+        loss: str,
+        outputs: dict[str, Any],
+        targets: list[Target],
+        indices: Indices,
+        num_boxes: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         """The parent's loss, with each query multiplied by the weight of the box it is matched to."""
-        weights = all_box_weights(targets)
-        if weights is not None:
-            found = {name: outputs[name] for name in PREDICTIONS if isinstance(outputs.get(name), Tensor)}
-            rows = query_weights(targets, weights, indices, next(iter(found.values())))
-            riding = {name: carry(x.as_subclass(WeightedTensor), rows.append(x.ndim)) for name, x in found.items()}
-            outputs = {**outputs, **riding}
-        return super().get_loss(loss, outputs, targets, indices, *args, **kwargs)  # type: ignore[misc, no-any-return]
+        stock = super().get_loss  # type: ignore[misc]
+        weights = all_weights(targets, self.weighting)
+        if weights is None:
+            return stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs)  # type: ignore[no-any-return]
+        found = {name: outputs[name] for name in PREDICTIONS if isinstance(outputs.get(name), Tensor)}
+        rows = query_weights(targets, weights, indices, next(iter(found.values())))
+        riding = {name: carry(x.as_subclass(WeightedTensor), rows.append(x.ndim)) for name, x in found.items()}
+        total = num_boxes
+        if self.weighting.normalizer == "weights" and (matched := sum(len(queries) for queries, _ in indices)):
+            # Of what is matched, so that groups and denoising queries, which num_boxes may count, count too.
+            share = torch.cat([w[boxes + 1] for w, (_, boxes) in zip(weights, indices, strict=True)]).sum() / matched
+            total = (num_boxes * share).clamp(min=1)
+        losses = stock(loss, {**outputs, **riding}, targets, indices, total, *args, **kwargs)
+        return self.weighting.pick(losses, lambda: stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs))
 
 
-def query_weights(targets: list[Target], boxes_weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
-    """The weight of the box that each query is matched to, 1 for a query matched to none: (B, num_queries)."""
+def query_weights(targets: list[Target], weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
+    """The weight of the box that each query is matched to, or of its image's background: (B, num_queries)."""
     checked = targets if isinstance(targets, CheckedTargets) else None
     if checked and checked.matched and checked.matched[0] is indices:  # one matching serves all losses of a layer
         return checked.matched[1]
-    matched = torch.cat([own[boxes] for own, (_, boxes) in zip(boxes_weights, indices, strict=True)])
-    weights = torch.ones(like.shape[:2], device=like.device)
+    each = torch.stack([own[0] for own in weights])[:, None].repeat(1, like.shape[1])
     places = torch.cat([queries + i * like.shape[1] for i, (queries, _) in enumerate(indices)])
-    weights.view(-1)[places] = matched
-    rows = Rows.of(weights)
+    each.view(-1)[places] = torch.cat([own[boxes + 1] for own, (_, boxes) in zip(weights, indices, strict=True)])
+    rows = Rows.of(each)
     if checked is not None:
         checked.matched = indices, rows
     return rows

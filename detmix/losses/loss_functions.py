@@ -15,8 +15,9 @@ from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_map
 
 from detmix.losses.criteria import WeightedCriterion
-from detmix.losses.matching import CheckedTargets, all_box_weights, eager
+from detmix.losses.matching import CheckedTargets, all_weights, eager
 from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.losses.weighting import DEFAULT, Weighting
 
 ROW_FUNCTIONS = frozenset({"box_iou", "center_to_corners_format", "generalized_box_iou"})
 """Functions of ``(num_rows, 4)`` boxes that give a row for each: as one step, they cost weights no time."""
@@ -26,46 +27,55 @@ class WeightedLossFunction:
     """A model's loss function, with its criterion weighted.
 
     Args:
-        function: A function of the module level that names a criterion with DETR's ``get_loss``.
+        function: A function of the module level that names a criterion with DETR's ``get_loss``, has an argument
+            ``labels`` and returns the losses by name as its second result.
+        weighting: How the weights count.
+
+    Raises:
+        ValueError: When called, if a term of the weighting is none of its losses.
     """
 
-    def __init__(self, function: FunctionType) -> None:
-        self.function = function
+    def __init__(self, function: FunctionType, weighting: Weighting = DEFAULT) -> None:
+        self.function, self.weighting = function, weighting
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the function returns, its losses weighted."""
         call = _signature(self.function).bind(*args, **kwargs)
-        labels = call.arguments.get("labels")
-        if labels is not None and (weights := all_box_weights(labels)) is not None:
+        labels = call.arguments["labels"]
+        if (weights := all_weights(labels, self.weighting)) is not None:
             call.arguments["labels"] = CheckedTargets(labels, weights)
-        return rebound(self.function, weighted_criteria(self.function))(*call.args, **call.kwargs)
+        results = rebound(self.function, weighted_criteria(self.function, self.weighting))(*call.args, **call.kwargs)
+        for term in self.weighting.terms or ():
+            if not any(f"{name}_".startswith(f"{term}_") for name in results[1]):
+                raise ValueError(f"terms holds {term!r}, which is none of the losses {sorted(results[1])}.")
+        return results
 
 
 _signature = functools.cache(inspect.signature)
 
 
-def weighted_criteria(function: Any) -> dict[str, type]:
+def weighted_criteria(function: Any, weighting: Weighting = DEFAULT) -> dict[str, type]:
     """Weighted subclasses of the criteria that a function names, by name; empty if it is no function or names none."""
     if not isinstance(function, FunctionType) or function.__closure__:
         return {}
     named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
     return {
-        name: weighted_criterion(criterion)  # type: ignore[arg-type]  # mypy finds classes of modules unhashable
+        name: weighted_criterion(criterion, weighting)  # type: ignore[arg-type]  # mypy: modules are no hashables
         for name, criterion in named.items()
         if isinstance(criterion, type) and issubclass(criterion, nn.Module) and hasattr(criterion, "get_loss")
     }
 
 
 @functools.cache
-def weighted_criterion(criterion: type) -> type:
+def weighted_criterion(criterion: type, weighting: Weighting = DEFAULT) -> type:
     """A weighted subclass, whose methods find functions that work row by row under the names of the stock ones."""
-    methods = {}
+    members: dict[str, Any] = {"weighting": weighting}
     for name, method in inspect.getmembers(criterion, inspect.isfunction):
         used = ROW_FUNCTIONS.intersection(method.__code__.co_names, method.__globals__)
         if used:
-            methods[name] = rebound(method, {key: by_row(method.__globals__[key]) for key in used})
-    return type(f"Weighted{criterion.__name__}", (WeightedCriterion, criterion), methods)
+            members[name] = rebound(method, {key: by_row(method.__globals__[key]) for key in used})
+    return type(f"Weighted{criterion.__name__}", (WeightedCriterion, criterion), members)
 
 
 def by_row(function: Callable[..., Any]) -> Callable[..., Any]:

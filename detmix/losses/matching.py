@@ -10,6 +10,7 @@ from torch import Tensor
 
 from detmix.checks import check_target
 from detmix.losses._compact import Rows
+from detmix.losses.weighting import Weighting
 
 Target = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -37,7 +38,7 @@ def match_weights(target: Target, matched_idxs: Tensor) -> Tensor:
         >>> match_weights(target, torch.tensor([1, -1, 0, -2]))
         tensor([0.7500, 1.0000, 0.2500, 1.0000])
     """
-    return row_weights(box_weights(target), matched_idxs)
+    return row_weights(with_background(box_weights(target)), matched_idxs)
 
 
 def box_weights(target: Target, index: int | None = None) -> Tensor:
@@ -71,14 +72,21 @@ def box_weights(target: Target, index: int | None = None) -> Tensor:
     return weights.float()
 
 
+def with_background(weights: Tensor, per_image: bool = False) -> Tensor:
+    """The weight of a row matched to no box, and then those of the boxes: ``(1 + num_boxes,)``."""
+    if per_image:
+        return (weights.mean() if len(weights) else weights.new_ones(())).expand(1 + len(weights))
+    return F.pad(weights, (1, 0), value=1.0)
+
+
 def row_weights(weights: Tensor, matched_idxs: Tensor) -> Tensor:
-    """`match_weights` by the weights of the boxes."""
+    """`match_weights` by the weights that :func:`with_background` gives."""
     places = matched_idxs.clamp(min=-1) + 1
-    return F.pad(weights, (1, 0), value=1.0).index_select(0, places.flatten()).view(places.shape)
+    return weights.index_select(0, places.flatten()).view(places.shape)
 
 
 class CheckedTargets(list[Target]):
-    """The targets of one step and their boxes' weights, which a criterion asks for at each loss of each layer."""
+    """The targets of one step and their weights, which a criterion asks for at each loss of each layer."""
 
     def __init__(self, targets: list[Target], weights: list[Tensor]) -> None:
         super().__init__(targets)
@@ -86,12 +94,12 @@ class CheckedTargets(list[Target]):
         self.matched: tuple[Any, Rows] | None = None  # indices that were asked for last, and the rows' weights
 
 
-def all_box_weights(targets: list[Target], num_classes: int | None = None) -> list[Tensor] | None:
-    """The weights of each target's boxes, or None where no target has any: stock code then runs as it is."""
+def all_weights(targets: list[Target], weighting: Weighting, num_classes: int | None = None) -> list[Tensor] | None:
+    """`with_background` of each target, checked; or None where no target has weights: stock code then runs as it is."""
     if isinstance(targets, CheckedTargets):
         return targets.weights
     for i, target in enumerate(targets):  # or a NaN box trains in silence, and a label too high fails deep inside torch
         check_target(target, where=f"targets[{i}]", num_classes=num_classes)
     if not any("weights" in target for target in targets):
         return None
-    return [box_weights(target, i) for i, target in enumerate(targets)]
+    return [with_background(box_weights(target, i), weighting.per_image) for i, target in enumerate(targets)]

@@ -169,3 +169,15 @@ def assert_same_bits(got, expected):
 
 def weighted_copy(stock):
     return weight_losses(copy.deepcopy(stock))
+
+
+def capture(obj, name):
+    """Record the arguments of the next call of a method."""
+    method, calls = getattr(obj, name), []
+
+    def spy(*args, **kwargs):
+        calls.append(args)
+        return method(*args, **kwargs)
+
+    setattr(obj, name, spy)
+    return calls

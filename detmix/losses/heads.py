@@ -1,0 +1,270 @@
+"""What ties weights to the rows of torchvision's heads, one mixin for each kind of head.
+
+Each finds the weights of the rows at one method, then has the parent compute its loss on them. A head of another origin
+that has the same methods inherits from one: ``class MyHead(WeightedRows, Head): ...``, and its ``weighting`` says how
+weights count.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_map_only
+from torchvision.models.detection.fcos import FCOSHead
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.ssd import SSD
+
+from detmix.losses.loss_functions import rebound
+from detmix.losses.matching import Target, all_weights, eager, row_weights
+from detmix.losses.weighted_tensor import RULES, WeightedTensor, drop, weighted, weights_of
+from detmix.losses.weighting import DEFAULT, Weighting
+
+# Mask R-CNN crops the masks it is to predict with boxes numbered by the object they are matched to. The numbers carry
+# the object's weight; the crops are targets, and need none.
+RULES[torch.ops.torchvision.roi_align] = drop
+
+
+class WeightedRows:
+    """Goes before a class whose ``compute_loss`` gets all predictions and the box each row is matched to.
+
+    So do torchvision's ``FCOSHead`` and ``SSD``: ``compute_loss(targets, head_outputs, anchors, matched_idxs)``, with
+    ``head_outputs`` a dict of ``(B, num_rows, ...)`` that holds ``"cls_logits"``, ``matched_idxs`` a list of B int64
+    ``(num_rows,)``, negative where a row is matched to no box, and a dict of losses as the result.
+
+    Attributes:
+        weighting: How the weights count.
+        counted_over: The dimensions of ``(B, num_rows)`` over which the stock normaliser counts matched rows.
+    """
+
+    weighting = DEFAULT
+    counted_over: tuple[int, ...] = (0, 1)
+
+    @eager
+    def compute_loss(
+        self,
+        targets: list[Target],
+        head_outputs: dict[str, Tensor],
+        anchors: list[Tensor],
+        matched_idxs: list[Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The parent's losses, with each row multiplied by the weight of its box."""
+        stock = partial(super().compute_loss, targets)  # type: ignore[misc]
+        rest = anchors, matched_idxs, *args
+        weights = all_weights(targets, self.weighting, num_classes=head_outputs["cls_logits"].shape[-1])
+        if weights is None:
+            return stock(head_outputs, *rest, **kwargs)  # type: ignore[no-any-return]
+        rows = torch.stack([row_weights(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, num_rows)
+        if self.weighting.normalizer != "count":
+            rows = self.weighting.normalized(rows, torch.stack(list(matched_idxs)) >= 0, self.counted_over)
+        riding = {name: weighted(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2))) for name, x in head_outputs.items()}
+        return self.weighting.pick(stock(riding, *rest, **kwargs), lambda: stock(head_outputs, *rest, **kwargs))
+
+
+class WeightedRowsByImage(WeightedRows):
+    """`WeightedRows` for a class that divides the losses of each image by the number of its own matched rows.
+
+    So does torchvision's ``RetinaNetHead``.
+    """
+
+    counted_over = (1,)
+
+
+class _WeightedBoxes(Tensor):
+    """Boxes whose weights are gathered with them; whatever else is computed on them, as their matching, is plain."""
+
+    weights: Tensor
+
+    @classmethod
+    def of(cls, boxes: Tensor, weights: Tensor) -> Tensor:
+        out = boxes.as_subclass(cls)
+        out.weights = weights
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+            if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
+                return weighted(out, args[0].weights.index_select(0, args[1])[:, None])
+            return out
+
+
+class WeightedAnchors:
+    """Goes before a class that assigns boxes to anchors in one method and computes the loss of anchors in another.
+
+    So does torchvision's ``RegionProposalNetwork``: ``assign_targets_to_anchors(anchors, targets)`` gives labels and
+    matched boxes, which it gathers by index from ``target["boxes"]``, and ``compute_loss(objectness,
+    pred_bbox_deltas, labels, regression_targets)`` asks ``self.fg_bg_sampler`` which anchors count.
+
+    Attributes:
+        weighting: How the weights count.
+    """
+
+    weighting = DEFAULT
+    fg_bg_sampler: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
+
+    @eager
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, outside of `torch.compile`: the labels that carry weights pass through it."""
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    @eager
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Match anchors to boxes; the labels carry the weight of each anchor's box to :meth:`compute_loss`."""
+        weights = all_weights(targets, self.weighting)
+        assign = super().assign_targets_to_anchors  # type: ignore[misc]
+        if weights is None:
+            return assign(anchors, targets)  # type: ignore[no-any-return]
+        # The parent gathers the matched boxes but tells no indices, so the weights ride on the boxes it gathers.
+        riding = [{**t, "boxes": _WeightedBoxes.of(t["boxes"], w[1:])} for t, w in zip(targets, weights, strict=True)]
+        labels, boxes = assign(anchors, riding)
+        for i, (b, w) in enumerate(zip(boxes, weights, strict=True)):
+            if not isinstance(b, WeightedTensor) and len(w) > 1:
+                raise NotImplementedError(
+                    f"The matched boxes of targets[{i}] lost their weights: {type(self).__name__} does not gather them "
+                    f"from target['boxes'] with an index."
+                )
+        rows = [torch.where(y > 0, weights_of(b)[:, 0], w[0]) for y, b, w in zip(labels, boxes, weights, strict=True)]
+        labels = [weighted(y, w) for y, w in zip(labels, rows, strict=True)]
+        return labels, [b.as_subclass(Tensor) for b in boxes]
+
+    @eager
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of the network, each anchor's multiplied by the weight of its box."""
+        compute = super().compute_loss  # type: ignore[misc]
+        if not any(isinstance(y, WeightedTensor) for y in labels):
+            return compute(objectness, pred_bbox_deltas, labels, regression_targets)  # type: ignore[no-any-return]
+        rows = torch.cat([weights_of(y).expand(y.shape) for y in labels])
+        labels = [y.as_subclass(Tensor) for y in labels]  # the sampler needs no weights
+        targets = labels
+        if self.weighting.objectness == "target" and self.weighting.heeds("loss_objectness"):
+            soft = rows.split([len(y) for y in labels])  # type: ignore[no-untyped-call]
+            targets = [torch.where(y > 0, w, y) for y, w in zip(labels, soft, strict=True)]
+        if targets is labels and self.weighting.normalizer == "count":
+            sampled = None
+        else:  # the sampler must see labels, and what it draws must be known before the losses are divided by it
+            sampled = self.fg_bg_sampler(labels)
+            rows = self.weighting.normalized(rows, torch.cat([p | n for p, n in zip(*sampled, strict=True)]) > 0)
+        if self.weighting.heeds("loss_rpn_box_reg"):
+            pred_bbox_deltas = weighted(pred_bbox_deltas, rows[:, None])
+        if self.weighting.heeds("loss_objectness") and targets is labels:
+            objectness = weighted(objectness, rows[:, None])
+        with _sampling(self, sampled):
+            return compute(objectness, pred_bbox_deltas, targets, regression_targets)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _sampling(head: Any, sampled: tuple[list[Tensor], list[Tensor]] | None) -> Iterator[None]:
+    """Have a head's sampler give what it has drawn already, if anything."""
+    own = vars(head)
+    kept = own.get("fg_bg_sampler")
+    if sampled is not None:
+        own["fg_bg_sampler"] = lambda _: sampled
+    try:
+        yield
+    finally:
+        if sampled is not None:
+            del own["fg_bg_sampler"]
+            if kept is not None:  # else it is a module, which torch holds elsewhere
+                own["fg_bg_sampler"] = kept
+
+
+class WeightedProposals:
+    """Goes before a class whose losses gather predictions by the labels and matched indices of sampled proposals.
+
+    So does torchvision's ``RoIHeads``: ``select_training_samples(proposals, targets)`` gives proposals, matched
+    indices, labels and regression targets, each a list of B.
+
+    Attributes:
+        weighting: How the weights count.
+    """
+
+    weighting = DEFAULT
+
+    @eager  # its loss functions are no methods
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's, with the losses that heed no weights taken from its stock functions."""
+        run = super().forward  # type: ignore[misc]
+        if self.weighting.terms is None:
+            return run(*args, **kwargs)
+        stock = run.__func__
+        if not set(_LOSSES) <= set(stock.__code__.co_names):
+            raise NotImplementedError(
+                f"terms cannot be chosen for {type(self).__name__}, whose forward does not call {', '.join(_LOSSES)}."
+            )
+        names = {name: _picked(stock.__globals__[name], terms, self.weighting) for name, terms in _LOSSES.items()}
+        return MethodType(rebound(stock, names), self)(*args, **kwargs)
+
+    def select_training_samples(
+        self, proposals: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+        """Sample proposals; their labels and matched indices carry the weight of the box they are matched to.
+
+        The losses gather predictions by these labels, and targets by these indices, and so get the weights.
+        """
+        # Of torchvision's predictors; others keep their secret.
+        scores = getattr(getattr(self, "box_predictor", None), "cls_score", None)
+        weights = all_weights(targets, self.weighting, num_classes=getattr(scores, "out_features", None))
+        proposals, matched_idxs, labels, deltas = super().select_training_samples(proposals, targets)  # type: ignore[misc]
+        if weights is not None:
+            # Background is matched to box 0 here, and only its label tells.
+            rows = [row_weights(w, m.where(y > 0, -1)) for w, m, y in zip(weights, matched_idxs, labels, strict=True)]
+            positives = rows
+            if self.weighting.normalizer != "count":  # of the losses of boxes, and of masks and keypoints
+                sampled, sizes = torch.cat(rows), [len(y) for y in labels]
+                every, some = torch.ones_like(sampled, dtype=torch.bool), torch.cat(labels) > 0
+                rows = self.weighting.normalized(sampled, every).split(sizes)  # type: ignore[no-untyped-call]
+                positives = self.weighting.normalized(sampled, some).split(sizes)  # type: ignore[no-untyped-call]
+            labels = [weighted(y, w) for y, w in zip(labels, rows, strict=True)]
+            matched_idxs = [weighted(m, w) for m, w in zip(matched_idxs, positives, strict=True)]
+        return proposals, matched_idxs, labels, deltas
+
+
+_LOSSES = {
+    "fastrcnn_loss": ("loss_classifier", "loss_box_reg"),
+    "maskrcnn_loss": ("loss_mask",),
+    "keypointrcnn_loss": ("loss_keypoint",),
+}
+
+
+def _picked(function: Callable[..., Any], terms: tuple[str, ...], weighting: Weighting) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        def losses(*given: Any) -> dict[str, Tensor]:
+            result = function(*given)
+            return dict(zip(terms, result if isinstance(result, tuple) else (result,), strict=True))
+
+        plain = tree_map_only(WeightedTensor, lambda x: x.as_subclass(Tensor), args)
+        picked = tuple(weighting.pick(losses(*args), lambda: losses(*plain)).values())
+        return picked if len(picked) > 1 else picked[0]
+
+    return call
+
+
+class Seam(NamedTuple):
+    """The mixin for a class of torchvision, and the losses it computes."""
+
+    mixin: type
+    terms: tuple[str, ...]
+
+
+SEAMS: dict[type[nn.Module], Seam] = {
+    RetinaNetHead: Seam(WeightedRowsByImage, ("classification", "bbox_regression")),
+    FCOSHead: Seam(WeightedRows, ("classification", "bbox_regression", "bbox_ctrness")),
+    SSD: Seam(WeightedRows, ("classification", "bbox_regression")),
+    RegionProposalNetwork: Seam(WeightedAnchors, ("loss_objectness", "loss_rpn_box_reg")),
+    RoIHeads: Seam(WeightedProposals, tuple(term for terms in _LOSSES.values() for term in terms)),
+}
+MIXINS = (WeightedRows, WeightedAnchors, WeightedProposals)
