@@ -103,8 +103,8 @@ def test_a_head_of_another_origin_is_weighted_by_the_mixin():
     matched = [torch.tensor([1, -1, 0, 0, -2]), torch.full((5,), -1)]
     rows = torch.tensor([[3.0, 1.0, 0.25, 0.25, 1.0], [1.0] * 5])
     per_row = outputs["cls_logits"].exp().sum(-1) + outputs["depth"].abs()
-    for _ in range(2):
-        got = head.compute_loss(targets, outputs, [], matched, extra=7.0)
+    for args, options in (((7.0,), {}), ((), {"extra": 7.0})):
+        got = head.compute_loss(targets, outputs, [], matched, *args, **options)
         torch.testing.assert_close(got["own"], (rows * per_row).sum() / 2)
         assert head.extra == 7.0
         assert weight_losses(nn.Sequential(head))[0] is head  # it is known as a head, and stays what it is

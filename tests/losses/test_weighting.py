@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from detmix import weight_losses
+from detmix import WeightedCriterion, weight_losses
+from detmix.losses.loss_functions import WeightedLossFunction
 from detmix.losses.weighting import Weighting
 from tests.losses.tiny import (
     DETECTORS,
@@ -155,6 +157,35 @@ def test_losses_of_queries_are_divided_by_the_weights_of_the_boxes(name, weights
         torch.testing.assert_close(got[term], factor * loss)
 
 
+class Criterion(nn.Module):
+    def get_loss(self, loss, outputs, targets, indices, num_boxes):
+        return {"loss_fgl": outputs["pred_boxes"].sum() / num_boxes}
+
+
+class Weighted(WeightedCriterion, Criterion):
+    weighting = Weighting(normalizer="weights")
+
+
+def test_a_number_of_boxes_that_counts_more_than_are_matched_is_scaled_by_what_is():
+    queries, targets = torch.arange(2), [{"boxes": torch.rand(2, 4), "weights": torch.tensor([0.5, 1.0])}]
+    losses = Weighted().get_loss("boxes", {"pred_boxes": torch.ones(1, 3, 4)}, targets, [(queries, queries)], 10.0)
+    assert losses["loss_fgl"] == 4 * (0.5 + 1.0 + 1.0) / (10 * 0.75)
+
+
+def loss_function(outputs, labels):
+    queries = torch.arange(len(labels[0]["boxes"]))
+    loss = Criterion().get_loss("boxes", outputs, labels, [(queries, queries)], 1)["loss_fgl"]
+    return loss, {"loss_fgl_aux_0": loss}
+
+
+def test_a_term_may_be_of_auxiliary_layers_alone():
+    outputs, labels = {"pred_boxes": torch.ones(1, 2, 4)}, [{"boxes": torch.rand(1, 4), "weights": torch.tensor([0.5])}]
+    loss, _ = WeightedLossFunction(loss_function, Weighting(["loss_fgl"]))(outputs, labels)
+    assert loss == 4 * (0.5 + 1)
+    with pytest.raises(ValueError, match=r"terms holds 'loss_fg', which is none of the losses \['loss_fgl_aux_0'\]"):
+        WeightedLossFunction(loss_function, Weighting(["loss_fg"]))(outputs, labels)
+
+
 # ---- per_image ----
 
 
@@ -191,6 +222,13 @@ def test_the_weight_is_what_an_anchor_is_to_predict():
     torch.testing.assert_close(got["loss_objectness"], loss / len(rows))
     assert got.pop("loss_objectness") != plain.pop("loss_objectness")
     assert_same_bits(got, plain)
+
+
+def test_an_objectness_that_heeds_no_weights_predicts_none():
+    model = weight_losses(tiny("fasterrcnn"), objectness="target", terms=["loss_rpn_box_reg"])
+    got, stock = losses_of(model, WEIGHTS), losses_of(tiny("fasterrcnn"))
+    assert torch.equal(got["loss_objectness"], stock["loss_objectness"])
+    assert got["loss_rpn_box_reg"] != stock["loss_rpn_box_reg"]
 
 
 def test_a_sampler_that_is_a_module_is_left_in_its_place():
