@@ -55,13 +55,18 @@ def stock_losses(predictions, targets):
 # ---- the same, weighted ----
 
 
+def cell_weights(shape, cells, own):
+    """What the heaviest box on each cell weighs; 1 for a cell without."""
+    rows = torch.ones(shape)
+    places = torch.arange(rows.numel()).view(shape)[cells]
+    return rows.view(-1).scatter_reduce(0, places, own, "amax", include_self=False).view(shape)
+
+
 def weighted_losses(predictions, targets, weights):
     weights, order = weights.sort(stable=True)  # of the boxes on one cell, the heaviest is to write its objectness
     targets = targets[order]
     box, cells = assign(targets, predictions.shape)
-    rows = torch.ones(predictions.shape[:4])
-    places = torch.arange(rows.numel()).view(rows.shape)[cells]
-    rows.view(-1).scatter_reduce_(0, places, weights[box], "amax", include_self=False)
+    rows = cell_weights(predictions.shape[:4], cells, weights[box])
     found = weighted(predictions[cells], weights[box, None])
     return terms(weighted(predictions[..., 4], rows), found, cells, targets[box])
 
@@ -163,6 +168,14 @@ def test_it_agrees_with_a_loop_over_matches_and_cells(boxes, weights):
     for name, loss in expected.items():
         torch.testing.assert_close(got[name], loss)
         torch.testing.assert_close(gradient(got[name], predictions), gradient(loss, predictions))
+
+
+def test_where_boxes_share_no_cell_wrapped_predictions_run_through_all_of_the_stock_code():
+    predictions, targets = predict(), as_tensor(APART)
+    box, cells = assign(targets, SHAPE)
+    got = stock_losses(weighted(predictions, cell_weights(SHAPE, cells, RANDOM[box])[..., None]), targets)
+    for name, loss in weighted_losses(predictions, targets, RANDOM).items():
+        torch.testing.assert_close(got[name], loss)
 
 
 def test_every_term_is_affine_in_the_weights_of_boxes_that_share_no_cell():
