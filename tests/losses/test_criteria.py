@@ -7,6 +7,7 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from detmix import WeightedCriterion
+from detmix.losses.criteria import query_weights
 from detmix.losses.matching import CheckedTargets, all_box_weights
 
 QUERIES, CLASSES = 7, 4
@@ -193,3 +194,10 @@ def test_every_matching_of_a_step_has_its_own_weights():
         for loss in ("labels", "boxes"):
             got, expected = (Weighted(NAMES).get_loss(loss, out, t, matching, 5) for t in (checked, targets))
             assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_the_losses_of_one_matching_share_its_weights():
+    outputs, targets, indices = case(torch.rand(5))
+    checked = CheckedTargets(targets, all_box_weights(targets))
+    rows = query_weights(checked, checked.weights, indices, outputs["pred_logits"])
+    assert query_weights(checked, checked.weights, indices, outputs["pred_boxes"]) is rows

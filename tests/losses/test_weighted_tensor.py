@@ -263,6 +263,11 @@ def test_a_total_is_in_the_dtype_of_the_entries_and_each_gradient_in_that_of_its
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-2)
 
 
+def test_sums_of_rows_are_not_rounded_on_the_way_to_a_total(totals):
+    x = torch.tensor([[256, 1], [-256, 0]], dtype=torch.bfloat16)  # which has no 257
+    assert weighted(x, torch.full((2, 1), 0.5)).sum() == 0.5
+
+
 def test_a_total_of_nothing_is_zero(totals):
     assert weighted(rand(0, 4), rand(0, 1)).sum() == 0
     assert weighted(rand(3, 4), rand(3, 1))[torch.zeros(3, dtype=torch.bool)].view(-1).sum() == 0
@@ -406,7 +411,7 @@ def test_weighting_leaves_the_tensor_as_it_was():
     assert torch.equal(x, rand(4, 3))
 
 
-def test_a_new_sum_is_heeded(monkeypatch):
+def test_a_new_sum_is_heeded(monkeypatch, totals):
     monkeypatch.setitem(RULES, torch.nansum, reduce)
     x = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
     assert torch.nansum(weighted(x, torch.tensor([[0.5], [2.0]]))) == 10.5
