@@ -1,11 +1,13 @@
 """Weighted detectors among what else a training loop holds: averages, precisions, optimizers, checkpoints."""
 
 import copy
+import gc
 
 import pytest
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from detmix.losses import WeightedTensor
 from tests.losses.tiny import (
     DETECTORS,
     EVERY,
@@ -175,3 +177,27 @@ def test_losses_are_weighted_without_gradients_too(stock, mode):
     expected = losses_of(model, WEIGHTS)
     with mode():
         assert_same_bits(losses_of(model, WEIGHTS), expected)
+
+
+@pytest.fixture
+def without_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def live(kind):
+    return sum(issubclass(type(x), kind) for x in gc.get_objects())
+
+
+def test_steps_leave_no_weighted_tensor_and_no_memory_behind(stock, without_collector):
+    """Reference counts alone free them: a cycle would hold its GPU memory until the collector happens to run."""
+    model = weighted_copy(stock)
+    optimizer = adam(model)
+    before, tensors = live(WeightedTensor), []
+    for _ in range(4):
+        step(model, optimizer, WEIGHTS)
+        assert live(WeightedTensor) == before
+        tensors.append(live(torch.Tensor))
+    assert tensors[1] == tensors[2] == tensors[3]

@@ -149,13 +149,63 @@ def test_samples_at_weighted_points_are_refused():
         F.grid_sample(rand(2, 3, 4, 4), points, align_corners=False)
 
 
+FRESH_OR_NOT = {
+    "same_dtype": lambda x: x.to(x.dtype),
+    "float": lambda x: x.float(),
+    "contiguous": lambda x: x.contiguous(),
+    "flatten": lambda x: x.flatten(),
+    "view": lambda x: x.view(6),
+    "expand": lambda x: x.expand(6),
+    "type_as": lambda x: x.type_as(x),
+    "cpu": lambda x: x.cpu(),
+}
+
+
+@pytest.mark.parametrize("name", FRESH_OR_NOT)
+def test_a_function_that_returns_its_argument_leaves_its_type_and_weights(name):
+    plain, weights = rand(6), rand(6, seed=1)
+    x = weighted(plain, weights)
+    out = FRESH_OR_NOT[name](x)
+    out.rows = weighted(plain, 1 + weights).rows
+    assert torch.equal(full(x), weights)
+    FRESH_OR_NOT[name](plain)
+    assert type(plain) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "operate",
+    [
+        lambda x, y: y.type_as(x),
+        lambda x, y: y.expand_as(x),
+        lambda x, y: y.view_as(x) + x,
+        lambda x, y: torch.stack([x, y]),
+        lambda x, y: torch.cat([y, x]),
+        lambda x, y: torch.where(y > 0.5, y, x),
+        lambda x, y: torch.max(y, x),
+        lambda x, y: y[weighted(torch.arange(4), rand(4))],
+        lambda x, y: F.binary_cross_entropy(x, y, weight=y, reduction="none"),
+    ],
+)
+def test_plain_operands_stay_plain(operate):
+    y = rand(4, 3)
+    operate(weighted(rand(4, 3, seed=1), rand(4, 1)), y)
+    assert type(y) is torch.Tensor
+    assert not hasattr(y, "rows")
+
+
 # ---- weights apply where rows are summed ----
+
+
+@pytest.fixture(params=[2**18, 0], ids=["as_product", "without_product"])
+def totals(request, monkeypatch):
+    """Totals of small tensors are computed as those of large ones are, too."""
+    monkeypatch.setattr("detmix.losses.weighted_tensor._LARGE", request.param)
 
 
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)
 @pytest.mark.parametrize("total", [torch.sum, torch.mean, torch.Tensor.sum, torch.Tensor.mean])
 @pytest.mark.parametrize("dim", [None, 0, 1, -1, (0, 2), (1, 2), (0, 1, 2)], ids=str)
-def test_a_total_is_the_total_of_weighted_entries(dim, total, shape):
+def test_a_total_is_the_total_of_weighted_entries(dim, total, shape, totals):
     x, weights = rand(*SHAPE, seed=1), rand(*shape)
     out = total(weighted(x, weights)) if dim is None else total(weighted(x, weights), dim)
     entries = (x * weights).sum(dim) if dim is not None else (x * weights).sum()
@@ -179,7 +229,7 @@ def test_a_sum_within_rows_keeps_one_weight_a_row():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("total", [torch.Tensor.sum, torch.Tensor.mean])
 @pytest.mark.parametrize("shape", [(1234, 7), (1234, 1), (1, 7), (1, 1)])
-def test_unit_weights_keep_every_bit_of_a_total_and_its_gradient(shape, total, dtype):
+def test_unit_weights_keep_every_bit_of_a_total_and_its_gradient(shape, total, dtype, totals):
     x, same = (rand(1234, 7).to(dtype).requires_grad_() for _ in range(2))
     expected, got = total(x.sigmoid()), total(weighted(same, torch.ones(shape)).sigmoid())
     (3 * expected).backward()
@@ -191,7 +241,7 @@ def test_unit_weights_keep_every_bit_of_a_total_and_its_gradient(shape, total, d
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (4, 1), (1, 3), (1, 1)])
-def test_a_total_has_the_gradients_of_the_weighted_entries(shape):
+def test_a_total_has_the_gradients_of_the_weighted_entries(shape, totals):
     x = rand(4, 3).double().requires_grad_()
     weights = rand(*shape, seed=1).double().requires_grad_()
     for total in (torch.sum, torch.mean):
@@ -201,7 +251,24 @@ def test_a_total_has_the_gradients_of_the_weighted_entries(shape):
             torch.testing.assert_close(a, b)
 
 
-def test_a_total_of_nothing_is_zero():
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float64, torch.float32)], ids=str)
+def test_a_total_is_in_the_dtype_of_the_entries_and_each_gradient_in_that_of_its_own(dtypes, totals):
+    x, weights = (rand(40, 3, seed=i)[:, : 3 - 2 * i].to(d).requires_grad_() for i, d in enumerate(dtypes))
+    total = weighted(x, weights).sigmoid().sum()
+    assert total.dtype == x.dtype
+    expected = (x.double().sigmoid() * weights.double()).sum()
+    torch.testing.assert_close(total.double(), expected, rtol=1e-2, atol=0)
+    for got, wanted in zip(*(torch.autograd.grad(loss, (x, weights)) for loss in (total, expected)), strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=2e-2, atol=1e-2)
+
+
+def test_sums_of_rows_are_not_rounded_on_the_way_to_a_total(totals):
+    x = torch.tensor([[256, 1], [-256, 0]], dtype=torch.bfloat16)  # which has no 257
+    assert weighted(x, torch.full((2, 1), 0.5)).sum() == 0.5
+
+
+def test_a_total_of_nothing_is_zero(totals):
     assert weighted(rand(0, 4), rand(0, 1)).sum() == 0
     assert weighted(rand(3, 4), rand(3, 1))[torch.zeros(3, dtype=torch.bool)].view(-1).sum() == 0
 
@@ -344,7 +411,7 @@ def test_weighting_leaves_the_tensor_as_it_was():
     assert torch.equal(x, rand(4, 3))
 
 
-def test_a_new_sum_is_heeded(monkeypatch):
+def test_a_new_sum_is_heeded(monkeypatch, totals):
     monkeypatch.setitem(RULES, torch.nansum, reduce)
     x = torch.tensor([[1.0, torch.nan], [2.0, 3.0]])
     assert torch.nansum(weighted(x, torch.tensor([[0.5], [2.0]]))) == 10.5
