@@ -2,9 +2,9 @@
 
 from detmix import functional
 from detmix.datasets.mixup import MixUpDataset
-from detmix.losses import WeightedCriterion, match_weights, weight_losses
+from detmix.losses import WeightedCriterion, match_weights, weight_losses, weighted
 from detmix.transforms import MixUp
 
-__all__ = ["MixUp", "MixUpDataset", "WeightedCriterion", "functional", "match_weights", "weight_losses"]
+__all__ = ["MixUp", "MixUpDataset", "WeightedCriterion", "functional", "match_weights", "weight_losses", "weighted"]
 
 __version__ = "0.1.0"

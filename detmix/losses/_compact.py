@@ -35,11 +35,8 @@ class Rows:
     def weights(self) -> Tensor:
         """One dimension for each of the tensor's, of its size or 1."""
         if self._weights is None:
-            kept = [d for d in self.dims if d is not None]
-            sizes = iter([self.base.size(d) for d in kept])
-            rest = [d for d in range(self.base.ndim) if d not in kept]  # of size 1
-            shape = [1 if d is None else next(sizes) for d in self.dims]
-            self._weights = self.base.permute((*rest, *kept)).reshape(shape)
+            # Those that dims name are in order, and the others are of size 1.
+            self._weights = self.base.reshape([1 if d is None else self.base.size(d) for d in self.dims])
         return self._weights
 
     def same(self, other: "Rows") -> bool:

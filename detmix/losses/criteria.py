@@ -75,8 +75,10 @@ class WeightedCriterion:
 def query_weights(targets: list[Target], weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
     """The weight of the box that each query is matched to, or of its image's background: (B, num_queries)."""
     checked = targets if isinstance(targets, CheckedTargets) else None
-    if checked and checked.matched and checked.matched[0] is indices:  # one matching serves all losses of a layer
-        return checked.matched[1]
+    if checked and checked.matched:  # one matching serves all losses of a layer
+        known, rows = checked.matched
+        if known is indices and rows.base.shape == like.shape[:2]:
+            return rows
     each = torch.stack([own[0] for own in weights])[:, None].repeat(1, like.shape[1])
     places = torch.cat([queries + i * like.shape[1] for i, (queries, _) in enumerate(indices)])
     each.view(-1)[places] = torch.cat([own[boxes + 1] for own, (_, boxes) in zip(weights, indices, strict=True)])

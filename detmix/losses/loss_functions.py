@@ -68,7 +68,7 @@ def weighted_criteria(function: Any, weighting: Weighting = DEFAULT) -> dict[str
 
 
 @functools.cache
-def weighted_criterion(criterion: type, weighting: Weighting = DEFAULT) -> type:
+def weighted_criterion(criterion: type, weighting: Weighting) -> type:
     """A weighted subclass, whose methods find functions that work row by row under the names of the stock ones."""
     members: dict[str, Any] = {"weighting": weighting}
     for name, method in inspect.getmembers(criterion, inspect.isfunction):

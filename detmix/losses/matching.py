@@ -10,7 +10,7 @@ from torch import Tensor
 
 from detmix.checks import check_target
 from detmix.losses._compact import Rows
-from detmix.losses.weighting import Weighting
+from detmix.losses.weighting import DEFAULT, Weighting
 
 Target = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -94,7 +94,9 @@ class CheckedTargets(list[Target]):
         self.matched: tuple[Any, Rows] | None = None  # indices that were asked for last, and the rows' weights
 
 
-def all_weights(targets: list[Target], weighting: Weighting, num_classes: int | None = None) -> list[Tensor] | None:
+def all_weights(
+    targets: list[Target], weighting: Weighting = DEFAULT, num_classes: int | None = None
+) -> list[Tensor] | None:
     """`with_background` of each target, checked; or None where no target has weights: stock code then runs as it is."""
     if isinstance(targets, CheckedTargets):
         return targets.weights

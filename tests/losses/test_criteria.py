@@ -8,7 +8,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal
 
 from detmix import WeightedCriterion
 from detmix.losses.criteria import query_weights
-from detmix.losses.matching import CheckedTargets, all_box_weights
+from detmix.losses.matching import CheckedTargets, all_weights
 
 QUERIES, CLASSES = 7, 4
 
@@ -188,8 +188,8 @@ def test_every_matching_of_a_step_has_its_own_weights():
     others = [((queries + 1) % QUERIES, boxes.flip(0)) for queries, boxes in indices]
     fewer = {name: value[:, 1:] for name, value in outputs.items()}
     later = [(queries.clamp(max=QUERIES - 2), boxes) for queries, boxes in others]
-    checked = CheckedTargets(targets, all_box_weights(targets))
-    calls = [(outputs, indices), (outputs, others), (outputs, list(indices)), (fewer, later)]
+    checked = CheckedTargets(targets, all_weights(targets))
+    calls = [(outputs, indices), (outputs, others), (outputs, list(indices)), (fewer, later), (outputs, later)]
     for out, matching in calls * 2:
         for loss in ("labels", "boxes"):
             got, expected = (Weighted(NAMES).get_loss(loss, out, t, matching, 5) for t in (checked, targets))
@@ -198,6 +198,6 @@ def test_every_matching_of_a_step_has_its_own_weights():
 
 def test_the_losses_of_one_matching_share_its_weights():
     outputs, targets, indices = case(torch.rand(5))
-    checked = CheckedTargets(targets, all_box_weights(targets))
+    checked = CheckedTargets(targets, all_weights(targets))
     rows = query_weights(checked, checked.weights, indices, outputs["pred_logits"])
     assert query_weights(checked, checked.weights, indices, outputs["pred_boxes"]) is rows

@@ -13,6 +13,7 @@ from detmix.losses.loss_functions import (
     weighted_criteria,
     weighted_criterion,
 )
+from detmix.losses.weighting import DEFAULT
 
 
 def test_a_model_without_a_criterion_is_named():
@@ -63,7 +64,7 @@ def test_other_modules_are_not_asked_for_their_loss(monkeypatch):
 
 
 def test_the_weighted_class_of_a_criterion_is_made_once():
-    assert weighted_criteria(loss_function)["L1"] is weighted_criteria(loss_function)["L1"] is weighted_criterion(L1)
+    assert weighted_criteria(loss_function)["L1"] is weighted_criteria(loss_function)["L1"] is weighted_criterion(L1, DEFAULT)
     assert WeightedLossFunction(loss_function).function is loss_function
 
 
@@ -118,7 +119,7 @@ def test_other_weights_ride_through_the_function(x, others):
 
 
 def test_criteria_find_row_functions_and_their_results_agree_with_riding_through_them():
-    names = weighted_criterion(ImageLoss).loss_boxes.__globals__
+    names = weighted_criterion(ImageLoss, DEFAULT).loss_boxes.__globals__
     assert (
         names["generalized_box_iou"]
         is not generalized_box_iou
