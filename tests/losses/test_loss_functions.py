@@ -64,7 +64,11 @@ def test_other_modules_are_not_asked_for_their_loss(monkeypatch):
 
 
 def test_the_weighted_class_of_a_criterion_is_made_once():
-    assert weighted_criteria(loss_function)["L1"] is weighted_criteria(loss_function)["L1"] is weighted_criterion(L1, DEFAULT)
+    assert (
+        weighted_criteria(loss_function)["L1"]
+        is weighted_criteria(loss_function)["L1"]
+        is weighted_criterion(L1, DEFAULT)
+    )
     assert WeightedLossFunction(loss_function).function is loss_function
 
 
