@@ -5,7 +5,7 @@ A loss is mostly small tensors that are sliced and computed on, so :class:`Rows`
 """
 
 from collections.abc import Sequence
-from math import prod
+from math import nan, prod
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ class Rows:
     Along a dimension that is None all entries weigh the same.
     """
 
-    __slots__ = ("_weights", "base", "dims")
+    __slots__ = ("_gathered", "_weights", "base", "dims")
 
     def __init__(self, base: Tensor, dims: tuple[int | None, ...]) -> None:
         self.base, self.dims = base, dims
         self._weights: Tensor | None = None
+        self._gathered: tuple[list[tuple[Any, float]], Rows] | None = None
 
     @classmethod
     def of(cls, weights: Tensor) -> "Rows":
@@ -38,6 +39,20 @@ class Rows:
             # Those that dims name are in order, and the others are of size 1.
             self._weights = self.base.reshape([1 if d is None else self.base.size(d) for d in self.dims])
         return self._weights
+
+    def gathered(self, shape: Sequence[int], entries: tuple[Any, ...]) -> "Rows":
+        """The rows of ``x[entries]`` for an ``x`` of this shape.
+
+        The last are kept: predictions and targets are often gathered alike, and so have the very same weights.
+        """
+        key = [(e, _version(e)) for e in entries]
+        if self._gathered is not None:
+            last, rows = self._gathered
+            if len(last) == len(key) and all(a is b and v == w for (a, v), (b, w) in zip(last, key, strict=True)):
+                return rows
+        rows = Rows.of(indexed(self.weights, shape, entries))
+        self._gathered = key, rows
+        return rows
 
     def same(self, other: "Rows") -> bool:
         """Whether both are the same weights along the same dimensions, which is known without reading them."""
@@ -157,6 +172,13 @@ def indexed(weights: Tensor, shape: Sequence[int], index: Any) -> Tensor:
         small.append(entry)
         d += count
     return weights.expand(spread)[tuple(small)]
+
+
+def _version(entry: Any) -> float:
+    """What changes when a tensor is written to; of one that does not tell, a number that equals none."""
+    if not isinstance(entry, Tensor):
+        return 0
+    return nan if entry.is_inference() else entry._version
 
 
 def _dims_consumed(entry: Any) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detmix.losses._compact import Rows, indexed, joined, pad, reshaped
+from detmix.losses._compact import Rows, joined, pad, reshaped
 from detmix.losses.weighted_tensor import (
     RULES,
     Function,
@@ -73,7 +73,7 @@ def _stack(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 def _indexed(x: WeightedTensor, entries: tuple[Any, ...]) -> Rows:
     rows = x.rows.sliced(entries)
-    return Rows.of(indexed(x.weights, x.shape, entries)) if rows is None else rows
+    return x.rows.gathered(x.shape, entries) if rows is None else rows
 
 
 def _getitem(func: Function, x: Tensor, index: Any) -> Any:

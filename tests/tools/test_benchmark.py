@@ -91,7 +91,7 @@ def test_it_runs_as_a_script_at_full_size(tmp_path):
         (
             "RTDetr",
             {"decoder_layers": 6, "num_queries": 300, "num_denoising": 100},
-            "4 x (300 + 192 denoising) queries x 80 classes, 6 layers + encoder",
+            "8 x (300 + 192 denoising) queries x 80 classes, 6 layers + encoder",
         ),
     ],
 )
