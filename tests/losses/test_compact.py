@@ -123,3 +123,19 @@ def test_rows_are_the_same_if_they_are_one_tensor_along_the_same_dimensions():
     assert not rows.same(Rows.of(weights.clone()))
     assert rows.pad(2) is rows
     assert rows.weights is weights
+
+
+def test_rows_gathered_alike_are_one_and_a_written_index_gathers_anew():
+    rows, mask = Rows.of(torch.tensor([[0.5], [1.0], [2.0]])), torch.tensor([True, False, True])
+    first = rows.gathered((3, 4), (mask,))
+    assert rows.gathered((3, 4), (mask,)) is first
+    assert first.weights.flatten().tolist() == [0.5, 2.0]
+    assert rows.gathered((3, 4), (mask.clone(),)) is not first
+    mask[1] = True
+    assert rows.gathered((3, 4), (mask,)).weights.flatten().tolist() == [0.5, 1.0, 2.0]
+    assert rows.gathered((3, 4), (mask, torch.tensor([0, 1, 2]))).weights.shape == (3,)
+    with torch.inference_mode():
+        index = torch.tensor([0, 1])
+        rows.gathered((3, 4), (index,))
+        index[1] = 2  # such a tensor does not tell that it was written to
+        assert rows.gathered((3, 4), (index,)).weights.flatten().tolist() == [0.5, 2.0]
