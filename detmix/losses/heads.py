@@ -94,7 +94,7 @@ class _WeightedBoxes(Tensor):
         with DisableTorchFunctionSubclass():
             out = func(*args, **(kwargs or {}))
             if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
-                return weighted(out, args[0].weights.index_select(0, args[1])[:, None])
+                return weighted(out, args[0].weights[args[1]][..., None])
             return out
 
 

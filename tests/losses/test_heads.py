@@ -111,6 +111,18 @@ def test_a_head_of_another_origin_is_weighted_by_the_mixin():
         assert type(head) is OwnHead
 
 
+class ChoosingRPN(RegionProposalNetwork):
+    def assign_targets_to_anchors(self, anchors, targets):
+        large = [{**t, "boxes": t["boxes"][(t["boxes"][:, 2:] - t["boxes"][:, :2]).amin(1) >= 0]} for t in targets]
+        return super().assign_targets_to_anchors(anchors, large)
+
+
+def test_boxes_may_be_chosen_by_a_mask_before_they_are_gathered():
+    model, other = tiny("fasterrcnn"), tiny("fasterrcnn")
+    other.rpn.__class__ = ChoosingRPN
+    assert_same_bits(losses_of(weight_losses(other), WEIGHTS), losses_of(weight_losses(model), WEIGHTS))
+
+
 class CopyingRPN(RegionProposalNetwork):
     def assign_targets_to_anchors(self, anchors, targets):
         targets = [{**target, "boxes": target["boxes"].clone()} for target in targets]
