@@ -140,11 +140,17 @@ def test_an_object_of_weight_0_is_in_no_term(calls):
 
 @pytest.mark.parametrize(
     ("model", "call"),
-    [("LwDetrForObjectDetection", 0), ("Deimv2ForObjectDetection", 1), ("RTDetrForObjectDetection", -1)],
+    [("LwDetrForObjectDetection", 0), ("RTDetrForObjectDetection", -1)],
     indirect=["model"],
 )
-def test_groups_layers_and_denoising_match_an_object_to_several_queries(calls, call):
+def test_groups_and_denoising_match_an_object_to_several_queries(calls, call):
     assert sum(len(queries) for queries, _ in calls(WEIGHTS)[call].indices) > len(WEIGHTS)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if "Deimv2" in name], indirect=True)
+def test_dense_matching_has_one_matching_of_boxes_for_all_layers(calls, changed):
+    matchings = [call.indices for call in calls(WEIGHTS) if call.loss == "boxes"]
+    assert (matchings[0] is matchings[1]) == changed.config.use_dense_one_to_one
 
 
 def share(call, name, matched):
