@@ -66,10 +66,15 @@ class WeightedCriterion:
         total = num_boxes
         if self.weighting.normalizer == "weights" and (matched := sum(len(queries) for queries, _ in indices)):
             # Of what is matched, so that groups and denoising queries, which num_boxes may count, count too.
-            share = torch.cat([w[boxes + 1] for w, (_, boxes) in zip(weights, indices, strict=True)]).sum() / matched
+            share = matched_weights(weights, indices).sum() / matched
             total = (num_boxes * share).clamp(min=1)
         losses = stock(loss, {**outputs, **riding}, targets, indices, total, *args, **kwargs)
         return self.weighting.pick(losses, lambda: stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs))
+
+
+def matched_weights(weights: Sequence[Tensor], indices: Indices) -> Tensor:
+    """The weights of the boxes of all pairs, image by image: (num_pairs,)."""
+    return torch.cat([own[boxes + 1] for own, (_, boxes) in zip(weights, indices, strict=True)])
 
 
 def query_weights(targets: list[Target], weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
@@ -81,7 +86,7 @@ def query_weights(targets: list[Target], weights: Sequence[Tensor], indices: Ind
             return rows
     each = torch.stack([own[0] for own in weights])[:, None].repeat(1, like.shape[1])
     places = torch.cat([queries + i * like.shape[1] for i, (queries, _) in enumerate(indices)])
-    each.view(-1)[places] = torch.cat([own[boxes + 1] for own, (_, boxes) in zip(weights, indices, strict=True)])
+    each.view(-1)[places] = matched_weights(weights, indices)
     rows = Rows.of(each)
     if checked is not None:
         checked.matched = indices, rows

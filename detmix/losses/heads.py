@@ -6,7 +6,7 @@ weights count.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
@@ -153,33 +153,32 @@ class WeightedAnchors:
         if self.weighting.objectness == "target" and self.weighting.heeds("loss_objectness"):
             soft = rows.split([len(y) for y in labels])  # type: ignore[no-untyped-call]
             targets = [torch.where(y > 0, w, y) for y, w in zip(labels, soft, strict=True)]
-        if targets is labels and self.weighting.normalizer == "count":
-            sampled = None
-        else:  # the sampler must see labels, and what it draws must be known before the losses are divided by it
+        sampling: AbstractContextManager[None] = nullcontext()
+        if targets is not labels or self.weighting.normalizer != "count":
+            # The sampler must see labels, and what it draws must be known before the losses are divided by it.
             sampled = self.fg_bg_sampler(labels)
+            sampling = _sampling(self, sampled)
             rows = self.weighting.normalized(rows, torch.cat([p | n for p, n in zip(*sampled, strict=True)]) > 0)
         if self.weighting.heeds("loss_rpn_box_reg"):
             pred_bbox_deltas = weighted(pred_bbox_deltas, rows[:, None])
         if self.weighting.heeds("loss_objectness") and targets is labels:
             objectness = weighted(objectness, rows[:, None])
-        with _sampling(self, sampled):
+        with sampling:
             return compute(objectness, pred_bbox_deltas, targets, regression_targets)  # type: ignore[no-any-return]
 
 
 @contextmanager
-def _sampling(head: Any, sampled: tuple[list[Tensor], list[Tensor]] | None) -> Iterator[None]:
-    """Have a head's sampler give what it has drawn already, if anything."""
+def _sampling(head: Any, sampled: tuple[list[Tensor], list[Tensor]]) -> Iterator[None]:
+    """Have a head's sampler give what it has drawn already."""
     own = vars(head)
     kept = own.get("fg_bg_sampler")
-    if sampled is not None:
-        own["fg_bg_sampler"] = lambda _: sampled
+    own["fg_bg_sampler"] = lambda _: sampled
     try:
         yield
     finally:
-        if sampled is not None:
-            del own["fg_bg_sampler"]
-            if kept is not None:  # else it is a module, which torch holds elsewhere
-                own["fg_bg_sampler"] = kept
+        del own["fg_bg_sampler"]
+        if kept is not None:  # else it is a module, which torch holds elsewhere
+            own["fg_bg_sampler"] = kept
 
 
 class WeightedProposals:

@@ -128,7 +128,7 @@ def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool
     return _WeightedSum.apply(x.as_subclass(Tensor), x.weights, func)
 
 
-_LARGE = 2**18
+_LARGE = 2**18  # entries; to write the product of fewer takes less time than not to
 _TOTALS = (torch.sum, torch.mean, Tensor.sum, Tensor.mean)
 
 
@@ -149,7 +149,7 @@ class _WeightedSum(torch.autograd.Function):
         unit = (weights == 1).all()
         if x.device.type != "cpu":
             return torch.where(unit, func(x), total)  # an `if` would wait for the GPU
-        return total if not unit else func(x)  # type: ignore[no-any-return]
+        return func(x) if unit else total  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
