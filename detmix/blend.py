@@ -1,15 +1,19 @@
 """Blend images: ``lam * first + (1 - lam) * second``, pairs on a shared canvas or a whole batch."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from detmix.fields import like
+from detmix.kernels import Blend, write
 
 
-def blend_images(first: Tensor, second: Tensor, lam: float, *, fill: float | Sequence[float] = 0.0) -> Tensor:
+def blend_images(
+    first: Tensor, second: Tensor, lam: float, *, fill: float | Sequence[float] = 0.0, out: Tensor | None = None
+) -> Tensor:
     """Blend two images on a canvas that holds both: ``lam * first + (1 - lam) * second``.
 
     The canvas has the larger height and the larger width of the two; both lie at its top left. Where only one image
@@ -23,9 +27,11 @@ def blend_images(first: Tensor, second: Tensor, lam: float, *, fill: float | Seq
         lam: The share of ``first``, in [0, 1].
         fill: The value of a pixel that an image does not cover, in the image's own units: one number, or one a channel.
             0 is black before normalisation, and the mean colour after it.
+        out: Where to write the blend: memory of the caller's, apart from that of the images. New if ``None``.
 
     Returns:
-        The blend, ``(C, max(H1, H2), max(W1, W2))``, in the dtype of the inputs, which are left alone.
+        The blend, ``(C, max(H1, H2), max(W1, W2))``, in the dtype of the inputs, which are left alone: ``out``, if
+        given.
 
     Raises:
         ValueError: if shapes, dtypes or devices do not go together, ``lam`` is outside [0, 1] or ``fill`` does not fit.
@@ -37,15 +43,61 @@ def blend_images(first: Tensor, second: Tensor, lam: float, *, fill: float | Seq
         tensor([[[12,  5],
                  [ 8,  0]]], dtype=torch.uint8)
     """
-    check_lam(lam)
-    for name, image in (("first", first), ("second", second)):
-        if image.ndim != 3:
-            raise ValueError(f"{name} must be an image of shape (C, H, W), but its shape is {tuple(image.shape)}.")
-    _check_pair(first, second)
-    level = _level(fill, first)
-    canvas = _on_canvas(first.as_subclass(Tensor), canvas_size(first, second), level)
-    _blend_onto(canvas, second.as_subclass(Tensor), lam, level)
-    return like(canvas, first)
+    (blend,) = blend_each([first], [second], [lam], fill=fill, outs=None if out is None else [out])
+    return blend
+
+
+def blend_each(
+    firsts: Sequence[Tensor],
+    seconds: Sequence[Tensor | None],
+    lams: Sequence[float],
+    *,
+    fill: float | Sequence[float] = 0.0,
+    outs: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """Blend images of any sizes, pair by pair, as `blend_images` does; one without a second is copied.
+
+    On a CUDA device all are blended in one launch.
+
+    Args:
+        firsts: Images ``(C, H_i, W_i)``.
+        seconds: As many images, or ``None``.
+        lams: The share of each first image, in [0, 1].
+        fill: See `blend_images`.
+        outs: Where to write each blend; see `blend_images`.
+
+    Returns:
+        The blends, each ``(C, max(H1, H2), max(W1, W2))``.
+
+    Raises:
+        ValueError: as `blend_images`, before anything is written.
+
+    Example:
+        >>> small, wide = torch.ones(1, 1, 1), torch.zeros(1, 1, 2)
+        >>> blend_each([small, wide], [wide, None], [0.75, 1.0])
+        [tensor([[[0.7500, 0.0000]]]), tensor([[[0., 0.]]])]
+    """
+    canvases: list[Tensor] = []
+    groups: defaultdict[Any, list[Blend]] = defaultdict(list)
+    for i, (first, second, lam) in enumerate(zip(firsts, seconds, lams, strict=True)):
+        check_lam(lam)
+        _check_pair(first, first if second is None else second)
+        levels = _check_levels(fill, first)
+        one, other = (image.as_subclass(Tensor) for image in (first, first if second is None else second))
+        size = canvas_size(one, other)
+        if outs is None:
+            canvases.append(_make_canvas(one, size))
+        else:
+            _check_out(outs[i], one, (len(one), *size), [one, other])
+            canvases.append(outs[i].as_subclass(Tensor))
+        groups[second is None, one.dtype, one.device, len(one)].append(Blend(canvases[-1], one, other, lam))
+    for (is_copied, *_), blends in groups.items():
+        if is_copied:
+            for blend in blends:
+                blend.out.copy_(blend.first)
+        else:
+            write(blends, levels)
+    return [like(canvas, first) for canvas, first in zip(canvases, firsts, strict=True)] if outs is None else list(outs)
 
 
 def blend_batch(
@@ -56,6 +108,7 @@ def blend_batch(
     pool: Tensor | Sequence[Tensor] | None = None,
     fill: float | Sequence[float] = 0.0,
     inplace: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Blend each entry of a batch with another one: ``lams[i] * images[i] + (1 - lams[i]) * images[partners[i]]``.
 
@@ -67,9 +120,12 @@ def blend_batch(
             are no larger than the batch's.
         fill: The value of a pixel that a smaller image of the pool does not cover; see `blend_images`.
         inplace: Write into ``images``. Beside it, one entry is copied at a time.
+        out: Where to write the blends, ``(B, ...)``: memory of the caller's, apart from what is blended, for a loop
+            that uses it again and again. Fresh memory costs more than the arithmetic.
 
     Returns:
-        ``(B, ...)`` in the dtype and the memory layout of ``images``: ``images`` itself if ``inplace``, else new.
+        ``(B, ...)`` in the dtype and the memory layout of ``images``: ``images`` itself if ``inplace``, ``out`` if
+        given, else new.
 
     Raises:
         ValueError: if lengths, shapes, dtypes or devices do not go together, before anything is written.
@@ -83,19 +139,32 @@ def blend_batch(
     entries = images.as_subclass(Tensor)
     seconds = entries if pool is None else pool
     _check_batch(entries, partners, lams, seconds)
+    if out is not None:
+        if inplace:
+            raise ValueError("out must be None if the blends are written into images, inplace=True.")
+        _check_out(out, entries, entries.shape, [entries, *([pool] if isinstance(pool, Tensor) else pool or [])])
+    levels = _check_levels(fill, entries[0]) if entries.ndim == 4 and len(entries) else [0.0]
     if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
-        return like(_blend_at_once(entries, partners, lams, seconds), images)
-    out = entries if inplace else entries.clone()
-    level = _level(fill, entries[0]) if entries.ndim == 4 and len(entries) else entries.new_zeros(())
-    aliased = inplace and pool is None
-    copied, copy = -1, entries
-    for i, is_read_later in _order(partners) if aliased else [(i, False) for i, j in enumerate(partners) if j >= 0]:
-        j = partners[i]
-        second = copy if j == copied else seconds[j]
-        if is_read_later:
-            copied, copy = i, entries[i].clone()
-        _blend_onto(out[i], second.as_subclass(Tensor), lams[i], level)
-    return images if inplace else like(out, images)
+        blended = _blend_at_once(entries, partners, lams, seconds)
+        return like(blended, images) if out is None else out.copy_(blended)
+    target = entries if inplace else torch.empty_like(entries) if out is None else out.as_subclass(Tensor)
+    if inplace and pool is None:
+        copied, copy = -1, entries
+        for i, is_read_later in _order(partners):
+            second = copy if partners[i] == copied else entries[partners[i]]
+            if is_read_later:
+                copied, copy = i, entries[i].clone()
+            write([Blend(entries[i], entries[i], second, lams[i])], levels)
+    else:
+        mixed = [(i, seconds[j].as_subclass(Tensor)) for i, j in enumerate(partners) if j >= 0]
+        if inplace:  # what is read must outlast what is written
+            mixed = [(i, second.clone() if _share_memory(second, entries) else second) for i, second in mixed]
+        write([Blend(target[i], entries[i], second, lams[i]) for i, second in mixed], levels)
+    if not inplace:
+        for i, j in enumerate(partners):
+            if j < 0:
+                target[i].copy_(entries[i])
+    return images if inplace else like(target, images) if out is None else out
 
 
 def canvas_size(first: Tensor, second: Tensor) -> tuple[int, int]:
@@ -115,6 +184,9 @@ def check_lam(lam: float) -> None:
 
 
 def _check_pair(first: Tensor, second: Tensor, where: str = "first and second") -> None:
+    for name, image in (("first", first), ("second", second)):
+        if image.ndim != 3:
+            raise ValueError(f"{name} must be an image of shape (C, H, W), but its shape is {tuple(image.shape)}.")
     for what, one, other in (
         ("channels", first.shape[0], second.shape[0]),
         ("dtype", first.dtype, second.dtype),
@@ -155,10 +227,10 @@ def _check_batch(
 
 
 def _are_small(entries: Tensor, seconds: Tensor) -> bool:
-    # One kernel for all costs a copy of the partners, one for each entry its launch: rows of a table want the former.
+    # One operation for all costs a copy of the partners, one for each entry its call: rows of a table want the former.
     # It takes the shares as a tensor of the entries' dtype, which half precision would round.
-    dtypes = (torch.float32, torch.float64)
-    return entries.shape[1:] == seconds.shape[1:] and 0 < entries[:1].numel() <= 2**14 and entries.dtype in dtypes
+    is_float = entries.dtype in (torch.float32, torch.float64) and entries.device.type == "cpu"
+    return is_float and entries.shape[1:] == seconds.shape[1:] and 0 < entries[:1].numel() <= 2**14
 
 
 def _blend_at_once(entries: Tensor, partners: Sequence[int], lams: Sequence[float], seconds: Tensor) -> Tensor:
@@ -166,9 +238,9 @@ def _blend_at_once(entries: Tensor, partners: Sequence[int], lams: Sequence[floa
     shares = torch.tensor(
         [0.0 if j < 0 else 1 - lam for j, lam in zip(partners, lams, strict=True)], dtype=entries.dtype
     )
-    rows, shares = (values.to(entries.device, non_blocking=True) for values in (rows, shares))
     shares, others = shares.reshape(-1, *[1] * (entries.ndim - 1)), seconds.as_subclass(Tensor)[rows]
-    return torch.where(shares == 0.5, (entries + others) * 0.5, torch.lerp(entries, others, shares))  # as _lerp does
+    # As `kernels` does.
+    return torch.where(shares == 0.5, (entries + others) * 0.5, torch.lerp(entries, others, shares))
 
 
 def _order(partners: Sequence[int]) -> list[tuple[int, bool]]:
@@ -187,7 +259,7 @@ def _order(partners: Sequence[int]) -> list[tuple[int, bool]]:
     return order
 
 
-def _level(fill: float | Sequence[float], image: Tensor) -> Tensor:
+def _check_levels(fill: float | Sequence[float], image: Tensor) -> list[float]:
     if image.dtype == torch.bool or image.is_complex():
         raise ValueError(f"images must be integer or floating point to be blended, but are {image.dtype}.")
     values = list(fill) if isinstance(fill, Sequence) else [fill]
@@ -200,43 +272,34 @@ def _level(fill: float | Sequence[float], image: Tensor) -> Tensor:
                 f"fill must be a whole number from {info.min} to {info.max} for images of {image.dtype}, but it is "
                 f"{fill}."
             )
-    # Made on the device: a tensor of the host's would have to be copied there.
-    return torch.cat([image.new_full((1, 1, 1), value) for value in values]).as_subclass(Tensor)
+    return values
 
 
-def _on_canvas(image: Tensor, size: tuple[int, int], level: Tensor) -> Tensor:
-    if image.shape[-2:] == size:
-        return image.clone()
+def _check_out(out: Tensor, template: Tensor, shape: Sequence[int], read: Sequence[Tensor]) -> None:
+    for what, given, expected in (
+        ("shape", tuple(out.shape), tuple(shape)),
+        ("dtype", out.dtype, template.dtype),
+        ("device", out.device, template.device),
+    ):
+        if given != expected:
+            raise ValueError(f"out must have the blend's {what}, {expected}, but has {given}.")
+    if any(_share_memory(out, tensor) for tensor in read):
+        raise ValueError("out must not share memory with what is blended; inplace=True writes into the batch itself.")
+
+
+def _share_memory(one: Tensor, other: Tensor) -> bool:
+    (begin, end), (low, high) = _memory(one), _memory(other)
+    return low < end and begin < high
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """The addresses that a tensor begins and ends at."""
+    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.data_ptr()
+    return start, start + (extent + 1) * tensor.element_size() if tensor.numel() else start
+
+
+def _make_canvas(image: Tensor, size: tuple[int, int]) -> Tensor:
     # The layout of the image: channels last stays so.
     layout = sorted(range(3), key=image.stride, reverse=True)
-    canvas = torch.empty_permuted((image.shape[0], *size), layout, dtype=image.dtype, device=image.device)
-    for part, value in zip(_parts(canvas, image), (image, level, level), strict=True):
-        part.copy_(value)
-    return canvas
-
-
-def _parts(canvas: Tensor, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What an image at the top left of a canvas covers, what is right of it and what is below both."""
-    height, width = image.shape[-2:]
-    return canvas[..., :height, :width], canvas[..., :height, width:], canvas[..., height:, :]
-
-
-def _blend_onto(canvas: Tensor, second: Tensor, lam: float, level: Tensor) -> None:
-    if canvas.shape == second.shape:
-        return _lerp(canvas, second, 1 - lam)
-    for part, value in zip(_parts(canvas, second), (second, level, level), strict=True):
-        if part.numel():
-            _lerp(part, value, 1 - lam)
-    return None
-
-
-def _lerp(first: Tensor, second: Tensor, share: float) -> None:
-    # torch's lerp is exact at 0 and 1, rounds half precision once, and is symmetric in its ends but in their middle.
-    if first.is_floating_point() and (share != 0.5 or first.dtype.itemsize == 2):
-        first.lerp_(second, share)
-    elif first.is_floating_point():
-        first.add_(second).mul_(0.5)
-    else:
-        # float32 holds every level of 8 and 16 bits exactly.
-        dtype = torch.float64 if torch.iinfo(first.dtype).bits > 16 else torch.float32
-        first.copy_(torch.lerp(first.to(dtype), second.to(dtype), share).round_())
+    return torch.empty_permuted((image.shape[0], *size), layout, dtype=image.dtype, device=image.device)

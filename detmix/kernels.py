@@ -1,0 +1,163 @@
+"""Where pixels are blended: each is written once, by the fastest routine there is for its dtype, layout and device."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Layout = Literal["flat", "channels first", "channels last"]
+"""How entries of one memory order are a stack of planes of rows: one row, a plane a channel, or one of pixels."""
+Window = tuple[slice, slice]
+
+
+class Blend(NamedTuple):
+    """One blend to write: ``out`` holds both images at its top left; it may be the memory of ``first``."""
+
+    out: Tensor
+    first: Tensor
+    second: Tensor
+    lam: float
+
+
+def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
+    """Write blends, none of which reads what another writes.
+
+    Args:
+        blends: Images ``(C, H, W)`` of one dtype on one device, or entries of any other shape that all three have.
+        levels: The value of a pixel that an image does not cover: one, or one a channel.
+    """
+    if not blends:
+        return
+    out = blends[0].out
+    if not _is_tracked(*(tensor for blend in blends for tensor in blend[:3])):
+        layouts = [layout for blend in blends if (layout := _layout(blend, levels)) is not None]
+        if len(layouts) == len(blends):
+            fused = _fused(out.device) if out.device.type == "cuda" else None
+            if fused is not None and fused(blends, layouts, levels):
+                return
+            if out.dtype == torch.uint8 and out.device.type == "cpu":
+                for blend, layout in zip(blends, layouts, strict=True):
+                    _write_by_opencv(blend, layout, levels)
+                return
+    # Made on the device: a tensor of the host's would have to be copied there.
+    level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
+    for blend in blends:
+        _write_by_torch(blend, level)
+
+
+@cache
+def _fused(device: torch.device) -> Callable[..., bool] | None:
+    """What writes all blends in one launch on a CUDA device, if Triton is there and runs."""
+    if find_spec("triton") is None:
+        return None
+    image = torch.zeros(1, 1, 16, dtype=torch.uint8, device=device)
+    try:
+        from detmix.fused import write
+
+        write([Blend(image, image, image, 1.0)], ["flat"], [0])
+    except Exception as error:  # whatever it is, such as no C compiler for its launcher, images can be blended
+        warnings.warn(f"Triton cannot run on {device}, so images are blended by torch, slower: {error}", stacklevel=2)
+        return None
+    return write
+
+
+def _is_tracked(*tensors: Tensor) -> bool:
+    """Whether autograd watches."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _layout(blend: Blend, levels: Sequence[float]) -> Layout | None:
+    """The planes without gaps in their rows that all three tensors are; None if they are not, or of several orders."""
+    out, *images = tensors = blend[:3]
+    if out.shape == images[0].shape == images[1].shape:
+        one = out if out.is_contiguous() else out.movedim(0, -1)
+        if one.is_contiguous() and out.stride() == images[0].stride() == images[1].stride():
+            return "flat"
+    if out.ndim != 3:
+        return None
+    if all(tensor.stride(2) == 1 for tensor in tensors):
+        return "channels first"
+    # A row of pixels has one level only if its channels have.
+    is_last = len(levels) == 1 and all(tensor.stride()[::2] == (1, tensor.shape[0]) for tensor in tensors)
+    return "channels last" if is_last else None
+
+
+def _windows(out: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[Window, list[bool]]]:
+    """The parts of a canvas, and which of two images cover each; sizes are (height, width)."""
+    rows, columns = (sorted({0, *sides}) for sides in zip(out, first, second, strict=True))
+    return [
+        ((slice(top, bottom), slice(left, right)), [bottom <= size[0] and right <= size[1] for size in (first, second)])
+        for top, bottom in pairwise(rows)
+        for left, right in pairwise(columns)
+    ]
+
+
+def _write_by_torch(blend: Blend, level: Tensor) -> None:
+    out, first, second, lam = blend
+    if out.shape == first.shape == second.shape:
+        _lerp(out, first, second, lam)
+        return
+    for window, (in_first, in_second) in _windows(out.shape[1:], first.shape[1:], second.shape[1:]):
+        part = (slice(None), *window)
+        if in_first and in_second:
+            _lerp(out[part], first[part], second[part], lam)
+        elif in_first:
+            _lerp(out[part], first[part], level, lam)
+        elif in_second:
+            _lerp(out[part], second[part], level, 1 - lam)
+        else:
+            out[part].copy_(level)
+
+
+def _lerp(out: Tensor, first: Tensor, second: Tensor, share: float) -> None:
+    # torch's lerp is exact at 0 and 1, rounds half precision once, and is symmetric in its ends but in their middle.
+    is_middle = share == 0.5 and out.dtype.itemsize > 2
+    if not out.is_floating_point():
+        # float32 holds every level of 8 and 16 bits exactly.
+        dtype = torch.float64 if torch.iinfo(out.dtype).bits > 16 else torch.float32
+        out.copy_(torch.lerp(first.to(dtype), second.to(dtype), 1 - share).round_())
+    elif _is_tracked(out, first, second):
+        out.copy_((first + second) * 0.5 if is_middle else torch.lerp(first, second, 1 - share))
+    elif is_middle:
+        torch.add(first, second, out=out).mul_(0.5)
+    else:
+        torch.lerp(first, second, 1 - share, out=out)
+
+
+def _write_by_opencv(blend: Blend, layout: Layout, levels: Sequence[float]) -> None:
+    """Blend bytes of the host in one pass, without floats in memory."""
+    import cv2
+
+    lam = blend.lam
+    # The larger share first, so that both orders of the images are one computation.
+    shares = (lam, 1 - lam) if lam >= 0.5 else (1 - lam, lam)
+    images = (blend.first, blend.second) if lam >= 0.5 else (blend.second, blend.first)
+    planes = [_planes(tensor, layout) for tensor in (blend.out, *images)]
+    windows = _windows(*(plane[0].shape for plane in planes))
+    for channel, (out, first, second) in enumerate(zip(*planes, strict=True)):
+        level = levels[channel % len(levels)]
+        for window, (in_first, in_second) in windows:
+            if in_first and in_second:
+                cv2.addWeighted(first[window], shares[0], second[window], shares[1], 0, dst=out[window])
+            elif in_first:
+                cv2.convertScaleAbs(first[window], out[window], shares[0], shares[1] * level)
+            elif in_second:
+                cv2.convertScaleAbs(second[window], out[window], shares[1], shares[0] * level)
+            else:
+                out[window] = level
+
+
+def _planes(tensor: Tensor, layout: Layout) -> list[npt.NDArray[np.uint8]]:
+    """The memory of a tensor as planes of rows."""
+    if layout == "channels first":
+        return [*tensor.numpy()]
+    if layout == "channels last":
+        return [tensor.permute(1, 2, 0).flatten(1).numpy()]
+    return [(tensor if tensor.is_contiguous() else tensor.movedim(0, -1)).reshape(1, -1).numpy()]
