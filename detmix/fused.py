@@ -73,18 +73,18 @@ def _blend(  # type: ignore[no-untyped-def]
     tl.store(out_memory + out + x, mixed.to(dtype), mask=x < columns)
 
 
-def write(blends: Sequence[Any], layouts: Sequence[str], levels: Sequence[float]) -> bool:
-    """Write blends as `detmix.kernels.write` does, without autograd; bytes are rounded exactly.
+def write(blends: Sequence[Any], layouts: Sequence[str], levels: Sequence[float]) -> None:
+    """Write blends of one of `DTYPES` as `detmix.kernels.write` does, without autograd; bytes are rounded exactly.
 
-    Returns:
-        Whether it did: False, and nothing is written, for a dtype it does not take.
+    Args:
+        blends: See `detmix.kernels.write`.
+        layouts: The `detmix.kernels.Layout` of each.
+        levels: See `detmix.kernels.write`.
     """
     dtype = blends[0].out.dtype
-    if dtype not in DTYPES:
-        return False
     rows = [_row(*job) for job in zip(blends, layouts, strict=True) if job[0].out.numel()]
     if not rows:
-        return True
+        return
     planes = max(row[0] for row in rows)
     encode = int if dtype == torch.uint8 else _bits
     tail = [encode(value) for value in (levels if len(levels) > 1 else list(levels) * planes)]
@@ -99,7 +99,6 @@ def write(blends: Sequence[Any], layouts: Sequence[str], levels: Sequence[float]
         _blend[programs, len(rows)](
             table, len(rows), len(rows[0]), DTYPES[dtype], aligned, block, enable_fp_fusion=False
         )
-    return True
 
 
 def _row(blend: Any, layout: str) -> list[int]:

@@ -36,36 +36,40 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
     if not blends:
         return
     out = blends[0].out
-    if not _is_tracked(*(tensor for blend in blends for tensor in blend[:3])):
-        layouts = [layout for blend in blends if (layout := _layout(blend, levels)) is not None]
+    routine = _find_routine(out)
+    if routine is not None and not _is_tracked(*(tensor for blend in blends for tensor in blend[:3])):
+        ordered = [blend if _layout(blend, levels) else _reorder(blend) for blend in blends]
+        layouts = [layout for blend in ordered if (layout := _layout(blend, levels))]
         if len(layouts) == len(blends):
-            fused = _fused(out.device) if out.device.type == "cuda" else None
-            if fused is not None and fused(blends, layouts, levels):
-                return
-            if out.dtype == torch.uint8 and out.device.type == "cpu":
-                for blend, layout in zip(blends, layouts, strict=True):
-                    _write_by_opencv(blend, layout, levels)
-                return
+            routine(ordered, layouts, levels)
+            return
     # Made on the device: a tensor of the host's would have to be copied there.
     level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
     for blend in blends:
         _write_by_torch(blend, level)
 
 
+def _find_routine(out: Tensor) -> Callable[[Sequence[Blend], Sequence[Layout], Sequence[float]], None] | None:
+    """What writes blends that are stacks of planes, if there is better than torch's operations."""
+    if out.device.type == "cuda":
+        return _find_fused(out.device).get(out.dtype)
+    return _write_by_opencv if out.device.type == "cpu" and out.dtype == torch.uint8 else None
+
+
 @cache
-def _fused(device: torch.device) -> Callable[..., bool] | None:
-    """What writes all blends in one launch on a CUDA device, if Triton is there and runs."""
+def _find_fused(device: torch.device) -> dict[torch.dtype, Callable[..., None]]:
+    """What writes all blends in one launch on a CUDA device, for each dtype it can; nothing if Triton does not run."""
     if find_spec("triton") is None:
-        return None
+        return {}
     image = torch.zeros(1, 1, 16, dtype=torch.uint8, device=device)
     try:
-        from detmix.fused import write
+        from detmix import fused
 
-        write([Blend(image, image, image, 1.0)], ["flat"], [0])
+        fused.write([Blend(image, image, image, 1.0)], ["flat"], [0])
     except Exception as error:  # whatever it is, such as no C compiler for its launcher, images can be blended
         warnings.warn(f"Triton cannot run on {device}, so images are blended by torch, slower: {error}", stacklevel=2)
-        return None
-    return write
+        return {}
+    return dict.fromkeys(fused.DTYPES, fused.write)
 
 
 def _is_tracked(*tensors: Tensor) -> bool:
@@ -87,6 +91,18 @@ def _layout(blend: Blend, levels: Sequence[float]) -> Layout | None:
     # A row of pixels has one level only if its channels have.
     is_last = len(levels) == 1 and all(tensor.stride()[::2] == (1, tensor.shape[0]) for tensor in tensors)
     return "channels last" if is_last else None
+
+
+def _reorder(blend: Blend) -> Blend:
+    """The same with images whose dimensions lie in memory in the order that those of out do, if those are planes."""
+    if _layout(Blend(blend.out, blend.out, blend.out, blend.lam), [0]) is None:
+        return blend
+    order = sorted(range(blend.out.ndim), key=blend.out.stride, reverse=True)
+    first, second = (
+        torch.empty_permuted(image.shape, order, dtype=image.dtype, device=image.device).copy_(image)
+        for image in (blend.first, blend.second)
+    )
+    return Blend(blend.out, first, second, blend.lam)
 
 
 def _windows(out: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[Window, list[bool]]]:
@@ -131,27 +147,26 @@ def _lerp(out: Tensor, first: Tensor, second: Tensor, share: float) -> None:
         torch.lerp(first, second, 1 - share, out=out)
 
 
-def _write_by_opencv(blend: Blend, layout: Layout, levels: Sequence[float]) -> None:
+def _write_by_opencv(blends: Sequence[Blend], layouts: Sequence[Layout], levels: Sequence[float]) -> None:
     """Blend bytes of the host in one pass, without floats in memory."""
     import cv2
 
-    lam = blend.lam
-    # The larger share first, so that both orders of the images are one computation.
-    shares = (lam, 1 - lam) if lam >= 0.5 else (1 - lam, lam)
-    images = (blend.first, blend.second) if lam >= 0.5 else (blend.second, blend.first)
-    planes = [_planes(tensor, layout) for tensor in (blend.out, *images)]
-    windows = _windows(*(plane[0].shape for plane in planes))
-    for channel, (out, first, second) in enumerate(zip(*planes, strict=True)):
-        level = levels[channel % len(levels)]
-        for window, (in_first, in_second) in windows:
-            if in_first and in_second:
-                cv2.addWeighted(first[window], shares[0], second[window], shares[1], 0, dst=out[window])
-            elif in_first:
-                cv2.convertScaleAbs(first[window], out[window], shares[0], shares[1] * level)
-            elif in_second:
-                cv2.convertScaleAbs(second[window], out[window], shares[1], shares[0] * level)
-            else:
-                out[window] = level
+    for (target, *images, lam), layout in zip(blends, layouts, strict=True):
+        # The larger share first, so that both orders of the images are one computation.
+        (share, rest), images = ((lam, 1 - lam), images) if lam >= 0.5 else ((1 - lam, lam), images[::-1])
+        planes = [_planes(tensor, layout) for tensor in (target, *images)]
+        windows = _windows(*(plane[0].shape for plane in planes))
+        for channel, (out, first, second) in enumerate(zip(*planes, strict=True)):
+            level = levels[channel % len(levels)]
+            for window, (in_first, in_second) in windows:
+                if in_first and in_second:
+                    cv2.addWeighted(first[window], share, second[window], rest, 0, dst=out[window])
+                elif in_first:
+                    cv2.convertScaleAbs(first[window], out[window], share, rest * level)
+                elif in_second:
+                    cv2.convertScaleAbs(second[window], out[window], rest, share * level)
+                else:
+                    out[window] = level
 
 
 def _planes(tensor: Tensor, layout: Layout) -> list[npt.NDArray[np.uint8]]:

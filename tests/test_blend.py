@@ -272,9 +272,9 @@ def test_a_batch_is_blended_into_memory_of_the_callers(dtype, size, pool):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_nothing_is_allocated_where_there_is_an_out(dtype):
-    images = random_image((4, 3, 80, 80), dtype)
-    out = torch.empty_like(images)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    images = random_image((4, 3, 80, 80), dtype).requires_grad_(dtype.is_floating_point)
+    out = torch.empty_like(images, requires_grad=False)
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         blend_batch(images, [1, 2, 3, 0], [0.3] * 4, out=out)
         blend_images(images[0], images[1], 0.3, out=out[0])
     assert max(event.cpu_memory_usage for event in profile.events()) < 100  # the level

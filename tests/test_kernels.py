@@ -56,7 +56,7 @@ def tolerance(dtype):
     sizes=st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES)),
     lam=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     dtype=st.sampled_from(DTYPES),
-    orders=st.tuples(*[st.sampled_from(ORDERS)] * 3),
+    orders=st.sampled_from(ORDERS).map(lambda order: [order] * 3) | st.tuples(*[st.sampled_from(ORDERS)] * 3),
     levels=st.sampled_from([[0], [114], [10, 0, 255]]),
 )
 def test_every_layout_is_blended(device, sizes, lam, dtype, orders, levels):
@@ -115,37 +115,62 @@ def test_nothing_to_write_is_nothing():
     write([], [0])
 
 
-def on_cuda(fused, blends, monkeypatch):
-    """What `write` does with blends that say that they are on a CUDA device."""
-    monkeypatch.setattr(kernels, "_fused", lambda device: fused)
-    disguised = [Blend(*(mock.Mock(wraps=t, **attributes(t)) for t in blend[:3]), blend.lam) for blend in blends]
+@pytest.mark.parametrize("orders", [[ORDERS[0], ORDERS[1], ORDERS[1]], [ORDERS[1], ORDERS[0], ORDERS[1]]])
+def test_images_in_another_memory_order_than_out_are_bytes_all_the_same(orders, monkeypatch):
+    monkeypatch.setattr(torch, "lerp", mock.Mock(side_effect=AssertionError("a float copy")))
+    blend = make_blend(((5, 7), (6, 4)), 0.3, orders=orders)
+    write([blend], [7])
+    assert torch.all((blend.out - expect(blend, [7])).abs() <= 0.5 + 1e-4)
+
+
+CUDA = torch.device("cuda")
+
+
+class Disguised(torch.Tensor):
+    """A tensor of the host that says that it is on a CUDA device."""
+
+    device = CUDA
+
+
+def on_cuda(blends, monkeypatch):
+    """What the fused routine gets of blends on a CUDA device."""
+    fused = mock.Mock()
+    monkeypatch.setattr(kernels, "_find_fused", lambda device: {torch.uint8: fused, torch.float32: fused})
+    disguised = [Blend(*(tensor.as_subclass(Disguised) for tensor in blend[:3]), blend.lam) for blend in blends]
     write(disguised, [0])
-    return disguised
+    return [(call.args[0], call.args[1]) for call in fused.call_args_list]
 
 
-def attributes(tensor):
-    names = ("shape", "dtype", "ndim", "requires_grad")
-    return {name: getattr(tensor, name) for name in names} | {"device": torch.device("cuda")}
-
-
-def test_on_a_cuda_device_all_blends_of_planes_are_one_call(monkeypatch):
+def test_on_a_cuda_device_all_blends_are_one_call(monkeypatch):
     blends = [make_blend(((5, 7), (6, 4)), 0.3), make_blend(((5, 5), (5, 5)), 0.6), make_blend(((5, 7), (6, 4)), 0.1)]
-    fused = mock.Mock(return_value=True)
-    disguised = on_cuda(fused, blends, monkeypatch)
-    fused.assert_called_once_with(disguised, ["channels first", "flat", "channels first"], [0])
+    ((given, layouts),) = on_cuda(blends, monkeypatch)
+    assert layouts == ["channels first", "flat", "channels first"]
+    assert [blend.out.data_ptr() for blend in given] == [blend.out.data_ptr() for blend in blends]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "orders", "requires_grad"),
+    [(torch.float64, ORDERS[:1], False), (torch.float32, ORDERS[2:], False), (torch.float32, ORDERS[:1], True)],
+)
+def test_what_the_kernel_does_not_take_is_blended_by_torch(dtype, orders, requires_grad, monkeypatch):
+    blend = make_blend(((5, 7), (6, 4)), 0.3, dtype, orders * 3)
+    blend.first.requires_grad_(requires_grad)
+    assert not on_cuda([blend], monkeypatch)
+    assert torch.all((blend.out - expect(blend, [0])).abs() < 1e-3)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no C compiler"), ImportError("no triton.language")])
 def test_where_triton_cannot_run_it_is_said_once_and_torch_blends(error, monkeypatch):
-    fused = mock.Mock(write=mock.Mock(side_effect=error))
+    fused = mock.Mock(write=mock.Mock(side_effect=error), DTYPES=[torch.uint8])
+    monkeypatch.setattr("detmix.fused", fused, raising=False)
     monkeypatch.setitem(sys.modules, "detmix.fused", fused)
     monkeypatch.setattr(kernels, "find_spec", lambda name: True)
-    find = kernels._fused.__wrapped__
+    find = kernels._find_fused.__wrapped__
     with pytest.warns(UserWarning, match=f"Triton cannot run on cpu, so images are blended by torch, slower: {error}"):
-        assert find(torch.device("cpu")) is None
+        assert find(torch.device("cpu")) == {}
     fused.write.side_effect = None
-    assert find(torch.device("cpu")) is fused.write
+    assert find(torch.device("cpu")) == {torch.uint8: fused.write}
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert find(torch.device("cpu")) is None
+        assert find(torch.device("cpu")) == {}

@@ -16,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 
+from detmix.datasets import coco
 from detmix.datasets.coco import CocoFolder
 
 FILE = "instances_train.json"
@@ -476,6 +477,45 @@ def test_truncated_images_are_named_when_read(content, write):
     path.write_bytes(path.read_bytes()[:200])
     dataset = CocoFolder(root)  # the header is whole
     with pytest.raises(OSError, match=r"40.png cannot be decoded"):
+        dataset[2]
+
+
+def jpeg(mode, **options):
+    """A JPEG of smooth noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (5, 8, len(PIL.Image.new(mode, (1, 1)).getbands())), np.uint8)
+    picture = PIL.Image.fromarray(noise.squeeze(), mode).resize(SIZE[::-1], PIL.Image.Resampling.BILINEAR)
+    file = io.BytesIO()
+    picture.save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+ORIENTED = PIL.Image.Exif()
+ORIENTED[0x0112] = 6  # turned by 90 degrees, which detectors' annotations do not follow
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter:DeprecationWarning")
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"exif": ORIENTED}])
+@pytest.mark.parametrize("has_torchvisions", [True, False])
+def test_jpegs_have_the_pixels_that_pillow_reads(mode, options, has_torchvisions, content, write, monkeypatch):
+    root, decode = write(content), coco.decode_jpeg
+    path = root / "images" / "40.png"  # whatever its name says
+    path.write_bytes(jpeg(mode, **options))
+    calls = []
+    monkeypatch.setattr(coco, "decode_jpeg", (lambda *a: calls.append(0) or decode(*a)) if has_torchvisions else None)
+    image, _ = CocoFolder(root)[2]
+    with PIL.Image.open(path) as picture:
+        assert np.array_equal(image.permute(1, 2, 0), np.array(picture.convert("RGB")))
+    assert image.is_contiguous()
+    assert len(calls) == has_torchvisions
+
+
+def test_truncated_jpegs_are_named_when_read(content, write):
+    root = write(content)
+    path = root / "images" / "40.png"
+    path.write_bytes(jpeg("RGB")[:-40])
+    dataset = CocoFolder(root)
+    with pytest.raises(OSError, match=r"40.png cannot be decoded: image file is truncated"):
         dataset[2]
 
 
