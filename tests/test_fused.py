@@ -108,23 +108,48 @@ def test_swapping_images_and_shares_changes_no_bit(fused, dtype):
     assert torch.equal(blend.out, swapped.out)
 
 
-@pytest.mark.parametrize(
-    ("size", "offset", "expected"), [((16, 32), 0, True), ((15, 31), 0, False), ((16, 32), 1, False)]
-)
-def test_wide_reads_are_for_aligned_memory_alone(fused, size, offset, expected, monkeypatch):
-    given_flags = []
-    kernel = fused._blend
+def test_the_middle_of_floats_is_their_mean(fused):
+    blend = make_blend(((40, 40), (40, 40)), 0.5, torch.float32)
+    run(fused, [blend], [0])
+    assert torch.equal(blend.out, (blend.first + blend.second) * 0.5)
+
+
+@pytest.fixture
+def launches(fused, monkeypatch):
+    """The arguments of each launch: is_aligned and width are the last two."""
+    kernel, given = fused._blend, []
 
     class Recorder:
         def __getitem__(self, grid):
-            return lambda *args, **options: (given_flags.append(args[4]), kernel[grid](*args, **options))
+            return lambda *args, **options: (given.append(args), kernel[grid](*args, **options))
 
     monkeypatch.setattr(fused, "_blend", Recorder())
+    return given
+
+
+@pytest.mark.parametrize(
+    ("size", "offset", "expected"), [((16, 32), 0, True), ((15, 31), 0, False), ((16, 32), 1, False)]
+)
+def test_wide_reads_are_for_aligned_memory_alone(fused, launches, size, offset, expected):
     memory = torch.zeros(3 * 3 * 16 * 32 + 64, dtype=torch.uint8)
     start = -memory.data_ptr() % 16 + offset
     tensors = [memory[start + i * 1536 :][: 3 * size[0] * size[1]].view(3, *size) for i in range(3)]
     run(fused, [Blend(*tensors, 0.5)], [0])
-    assert given_flags == [expected]
+    assert [args[4] for args in launches] == [expected]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_program_writes_no_more_than_it_should(fused, launches, dtype):
+    run(fused, [make_blend(((48, 50), (48, 50)), 0.3, dtype)], [0])
+    assert [args[5] * dtype.itemsize for args in launches] == [fused.BYTES]
+
+
+def test_empty_images_beside_others_and_alone_are_no_work(fused, launches):
+    empty, blend = make_blend(((0, 0), (0, 0)), 0.3), make_blend(((4, 4), (4, 4)), 0.3)
+    run(fused, [empty, blend], [0])
+    run(fused, [empty], [0])
+    assert [args[1] for args in launches] == [1]
+    assert_alike([blend.out], by_torch([blend], [0]))
 
 
 def test_shares_of_floats_are_their_bits(fused):
