@@ -64,7 +64,7 @@ def test_every_case_has_rows_and_an_entry(device, monkeypatch, capsys, tmp_path)
 def test_threads_are_those_of_torch_and_of_opencv(monkeypatch, tmp_path):
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
-    command(monkeypatch, f"losses --rounds 1 --threads 2 --cases RetinaNet --json {tmp_path / 'out.json'}")
+    command(monkeypatch, f"mix --rounds 1 --threads 2 --json {tmp_path / 'out.json'}")
     assert json.loads((tmp_path / "out.json").read_text())["threads"] == 2
     assert torch.get_num_threads() == cv2.getNumThreads() == 2
 
@@ -73,6 +73,10 @@ def test_threads_are_those_of_torch_and_of_opencv(monkeypatch, tmp_path):
     ("line", "sizes"),
     [
         ("losses --cases FCOS", "2 x 22,400 anchors x 91 classes, 16 boxes an image"),
+        (
+            'mix --cases "float16 CHW"',
+            "480 x 640 and 640 x 480 on 640 x 640 pixels, 3 channels; copied 1,536,000 values",
+        ),
     ],
 )
 def test_it_runs_as_a_script_at_full_size(line, sizes, tmp_path):
