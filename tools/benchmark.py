@@ -1,4 +1,4 @@
-"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py mix batch losses growth``.
+"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py mix batch loader losses growth``.
 
 The runs of a case take turns in one process, in another order in each round, so that whatever else slows the machine
 slows all of them. Their ratios are the result; the seconds are those of this machine at this hour.
@@ -26,7 +26,7 @@ from sections import Case, MissingPackageError, Section
 
 # torch, and the sections that import it, are imported where they are used, so that --help and mistakes take no time.
 
-SECTIONS = ("mix", "batch", "losses", "growth")
+SECTIONS = ("mix", "batch", "loader", "losses", "growth")
 """Modules of ``sections``."""
 
 WARMUP_ROUNDS = 2
@@ -146,6 +146,17 @@ def writable(text: str) -> Path:
     return path
 
 
+def coco_root(text: str) -> Path:
+    """The value of an option that names a folder in COCO format."""
+    from detmix.datasets.coco import CocoFolder
+
+    try:
+        CocoFolder(text, masks=False, keypoints=False)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
+
+
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__.partition(":")[0] + ".")
@@ -154,6 +165,7 @@ def make_parser() -> Parser:
     parser.add_argument("--rounds", type=positive, default=41, help="how often to time each case (%(default)s)")
     parser.add_argument("--threads", type=positive, default=1, help="for torch and OpenCV, each (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--root", type=coco_root, metavar="FOLDER", help="in COCO format, for loader (drawn for it)")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results to this file, too")
     return parser
 
@@ -171,6 +183,8 @@ def main() -> None:
     known = [name for section in sections.values() for name in section.cases]
     if unknown := [name for name in args.cases or () if name not in known]:
         parser.error(f"argument --cases: {unknown[0]} is not one of {', '.join(known)}")
+    if args.root and not any("root" in section.options for section in sections.values()):
+        parser.error(f"argument --root: {', '.join(sections)} reads no images")
 
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)

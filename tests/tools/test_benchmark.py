@@ -4,14 +4,16 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import benchmark
 import cv2
 import pytest
 import torch
-from sections import Case, losses
+from sections import Case, loader, losses
 
+from detmix.datasets.shapes import draw_shapes
 from tests.conftest import DEVICES
 from tests.tools.tiny import SIZES
 
@@ -172,6 +174,31 @@ def test_a_case_is_skipped_without_its_package(package, monkeypatch, capsys, tmp
     assert failure(monkeypatch, capsys, line) == "error: no case could be run"
 
 
+def test_root_is_what_loader_reads(monkeypatch, capsys, tmp_path):
+    root = draw_shapes(tmp_path / "shapes", num_train=3, num_val=1)
+    command(monkeypatch, f"loader --rounds 1 --root {root}")
+    assert capsys.readouterr().out.count("3 images of shapes, batches of 3") == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_drawn_is_deleted(fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    passes = []
+
+    def pass_over(_):
+        passes.append([*tmp_path.glob("*/images/*.jpg")])
+        if fails:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader, "pass_over", pass_over)
+    try:
+        command(monkeypatch, "loader --rounds 1")
+    except KeyboardInterrupt:
+        assert fails
+    assert len(passes[0]) == 6
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -185,9 +212,13 @@ def test_a_case_is_skipped_without_its_package(package, monkeypatch, capsys, tmp
         ("losses --json .", "argument --json: . is a folder"),
         ("losses --device cuda", "argument --device: there is no CUDA device"),
         ("losses --device tpu", "argument --device: invalid choice: 'tpu' .*cuda.*"),
+        ("loader --root no", "argument --root: root no is not a folder."),
+        ("loader --root .", "argument --root: annotations .*instances_train.json is missing; .*"),
+        ("mix batch --root shapes", "argument --root: mix, batch reads no images"),
     ],
 )
 def test_a_mistake_is_one_line(line, message, monkeypatch, capsys, tmp_path):
+    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert re.fullmatch(f"error: {message}", failure(monkeypatch, capsys, line))

@@ -4,9 +4,11 @@ import re
 import cv2
 import pytest
 import torch
-from sections import batch, growth, inputs, mix
+from sections import batch, growth, inputs, loader, mix
 
+import detmix
 from detmix import functional
+from detmix.datasets.shapes import draw_shapes
 from tests.conftest import DEVICES, assert_same
 from tests.tools.tiny import SIZES
 
@@ -193,3 +195,78 @@ def test_each_size_is_compared_with_the_one_before(name, build):
     copied = [pair for pair in case.comparisons if "clone" in pair[1]]
     assert len(copied) == (0 if name == "boxes" else len(sizes))
     assert all(case.units[one] == case.units[other] for one, other in copied)
+
+
+# loader
+
+
+def batches_of(run):
+    torch.manual_seed(0)
+    return list(*run.args)
+
+
+@pytest.mark.parametrize("name", SIZES["loader"])
+def test_the_same_images_are_loaded_mixed_or_not(name, build):
+    runs = build(loader, name).runs
+    plain, mixed, dataset = (batches_of(runs[name]) for name in ("no mixing", "in-batch MixUp", "MixUpDataset p=0.5"))
+    assert sum(len(images) for images, _ in plain) == 6
+    assert all(images.shape == (3, 3, 48, 64) for images, _ in plain)
+    for (images, targets), (mixed_images, mixed_targets) in zip(plain, mixed, strict=True):
+        assert "weights" not in targets[0]
+        assert all(target["partner"] >= 0 for target in mixed_targets)
+        plan = [functional.Mix.of(target) for target in mixed_targets]
+        assert_same((mixed_images, mixed_targets), functional.mixup_batch(images, targets, plan))
+    assert [ids(batch) for batch in dataset] == [ids(batch) for batch in plain]
+    assert all("weights" in target for _, targets in dataset for target in targets)
+    assert runs["MixUpDataset p=0.5"].args[0].dataset.mixup.p == 0.5
+
+
+def ids(loaded):
+    return [target["image_id"] for target in loaded[1]]
+
+
+@pytest.mark.parametrize("mixup", [None, detmix.MixUp(seed=0)])
+def test_images_of_different_sizes_stay_a_list(mixup):
+    sizes = ((4, 6), (5, 3), (4, 6))
+    samples = [(torch.rand(3, *size), {"boxes": torch.zeros(0, 4)}) for size in sizes]
+    images, targets = loader.Collate(mixup)(samples)
+    assert not isinstance(images, torch.Tensor)
+    assert len(targets) == 3
+    if mixup is None:
+        assert all(one is other for one, (other, _) in zip(images, samples, strict=True))
+    else:
+        assert {tuple(image.shape) for image in images} > {(3, 5, 6)}
+
+
+@pytest.mark.parametrize("name", ["no mixing", "in-batch MixUp"])
+def test_workers_write_into_shared_memory(name, build, monkeypatch):
+    (loaded,) = build(loader, "0 workers").runs[name].args
+    samples = [loaded.dataset[i] for i in range(3)]
+    for worker in (None, 0):
+        monkeypatch.setattr(loader, "get_worker_info", lambda worker=worker: worker)
+        images, _ = loaded.collate_fn(samples)
+        assert images.is_shared() == (worker is not None)
+
+
+def test_a_pass_takes_every_batch_and_starts_anew(build):
+    run = build(loader, "2 workers").runs["no mixing"]
+    (loaded,) = run.args
+    run()
+    workers = [worker.pid for worker in loaded._iterator._workers]
+    run()
+    assert [worker.pid for worker in loaded._iterator._workers] == workers
+    assert loaded._iterator._num_yielded == len(loaded) == 2
+    assert isinstance(loaded.sampler, torch.utils.data.RandomSampler)
+
+
+def test_drawn_jpegs_are_as_large_as_photographs(tmp_path):
+    loader.draw_folder(tmp_path, 3, (480, 640))
+    assert all(20_000 < path.stat().st_size < 60_000 for path in (tmp_path / "images").iterdir())
+
+
+def test_of_a_large_folder_some_images_are_read(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(loader, "MOST", 4)
+    root = draw_shapes(tmp_path / "shapes", num_train=5, num_val=1)
+    case = build(loader, "0 workers", root=root)
+    assert case.sizes == "4 images of shapes, batches of 3"
+    assert sum(len(targets) for _, targets in batches_of(case.runs["no mixing"])) == 4

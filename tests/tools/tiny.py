@@ -3,6 +3,7 @@
 PAIR = {"sizes": ((12, 20), (16, 10))}
 BATCH = {"size": (4, 3, 6, 10)}
 LIST = {"size": (5, 3, 48, 64)}
+FOLDER = {"count": 6, "size": (48, 64), "batch_size": 3}
 LOSS = {"size": (64, 96)}
 SIDES = {"sides": (4, 8, 16)}
 
@@ -25,6 +26,7 @@ SIZES = {
         "list uint8": LIST,
         "targets": {"count": 3},
     },
+    "loader": {"0 workers": FOLDER, "2 workers": FOLDER},
     "losses": {
         "RetinaNet": LOSS,
         "FCOS": LOSS,
