@@ -1,4 +1,4 @@
-"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py mix batch loader losses growth``.
+"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py mix batch loader losses step growth``.
 
 The runs of a case take turns in one process, in another order in each round, so that whatever else slows the machine
 slows all of them. Their ratios are the result; the seconds are those of this machine at this hour.
@@ -26,7 +26,7 @@ from sections import Case, MissingPackageError, Section
 
 # torch, and the sections that import it, are imported where they are used, so that --help and mistakes take no time.
 
-SECTIONS = ("mix", "batch", "loader", "losses", "growth")
+SECTIONS = ("mix", "batch", "loader", "losses", "step", "growth")
 """Modules of ``sections``."""
 
 WARMUP_ROUNDS = 2

@@ -162,10 +162,11 @@ def test_it_waits_for_a_cuda_device(monkeypatch):
     assert len(waits) == 4 * (1 + benchmark.WARMUP_ROUNDS)
 
 
+@pytest.mark.parametrize("section", ["losses", "step"])
 @pytest.mark.parametrize("package", ["transformers", "scipy"])
-def test_a_case_is_skipped_without_its_package(package, monkeypatch, capsys, tmp_path):
+def test_a_case_is_skipped_without_its_package(package, section, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
-    line = f"losses --rounds 1 --json {tmp_path / 'out.json'} --cases RTDetr"
+    line = f"{section} --rounds 1 --json {tmp_path / 'out.json'} --cases RTDetr"
     command(monkeypatch, f"{line} FCOS")
     written = json.loads((tmp_path / "out.json").read_text())
     assert [case["case"] for case in written["cases"]] == ["FCOS"]

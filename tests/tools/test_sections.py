@@ -1,10 +1,13 @@
 import itertools
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import pytest
 import torch
-from sections import batch, growth, inputs, loader, mix
+from sections import batch, growth, inputs, loader, mix, step
 
 import detmix
 from detmix import functional
@@ -12,6 +15,7 @@ from detmix.datasets.shapes import draw_shapes
 from tests.conftest import DEVICES, assert_same
 from tests.tools.tiny import SIZES
 
+ROOT = Path(__file__).parents[2]
 ON_EVERY_DEVICE = pytest.mark.parametrize("device", DEVICES)
 TENSORS = [name for name in SIZES["batch"] if name.split()[0] not in ("list", "targets")]
 LISTS = [name for name in SIZES["batch"] if name.startswith("list")]
@@ -270,3 +274,56 @@ def test_of_a_large_folder_some_images_are_read(build, monkeypatch, tmp_path):
     case = build(loader, "0 workers", root=root)
     assert case.sizes == "4 images of shapes, batches of 3"
     assert sum(len(targets) for _, targets in batches_of(case.runs["no mixing"])) == 4
+
+
+# step
+
+
+def seeded(run):
+    torch.manual_seed(0)
+    return run()
+
+
+@ON_EVERY_DEVICE
+@pytest.mark.parametrize("name", SIZES["step"])
+def test_steps_differ_by_what_detmix_adds_alone(name, device, build):
+    runs = build(step, name, device).runs
+    stock = seeded(runs["stock"])
+    assert torch.isfinite(stock)
+    assert stock != seeded(runs["weighted"])
+    assert torch.equal(seeded(runs["mix + weighted"]), seeded(runs["weighted"]))
+    images, targets = runs["weighted"].args[2]()
+    assert runs["stock"].args[2]()[0] is images
+    assert all(len(target["boxes"]) == 2 * step.BOXES for target in targets)
+    for target in targets:
+        target["weights"].fill_(1)
+    assert torch.equal(seeded(runs["weighted"]), stock)
+
+
+@pytest.mark.parametrize("name", SIZES["step"])
+def test_each_run_trains_a_model_of_its_own_that_does_not_change(name, build):
+    runs = build(step, name).runs
+    seen = set()
+    for run_name, run in runs.items():
+        model, optimizer, _ = run.args
+        before = [parameter.clone() for parameter in model.parameters()]
+        run()
+        assert model.training
+        assert any(state["momentum_buffer"].any() for state in optimizer.state.values())
+        assert all(torch.equal(one, other) for one, other in zip(before, model.parameters(), strict=True))
+        is_ours = any(type(m).__module__.startswith("detmix") for m in [*model.modules(), *loss_functions(model)])
+        assert is_ours == (run_name != "stock")
+        assert seen.isdisjoint(model.parameters())
+        seen.update(model.parameters())
+
+
+def loss_functions(model):
+    return filter(None, [getattr(model, "loss_function", None)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZES["step"])
+def test_steps_run_at_full_size(name):
+    line = [sys.executable, "tools/benchmark.py", "step", "--rounds", "1", "--cases", name]
+    said = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"\n{name}: 2 x 3 x 256 x 320, 16 boxes an image\n" in said
