@@ -1,15 +1,18 @@
-"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py losses``.
+"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py mix batch loader losses step growth``.
 
-Reference and candidate of a case run in turns in one process, each first in every other round, so that whatever else
-slows the machine slows both.
+The runs of a case take turns in one process, in another order in each round, so that whatever else slows the machine
+slows all of them. Their ratios are the result; the seconds are those of this machine at this hour.
 """
 
 import argparse
+import contextlib
+import datetime
 import importlib
 import importlib.metadata
 import json
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -17,61 +20,103 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from benchmarks import Case, MissingPackageError, Section
+from sections import Case, MissingPackageError, Section
 
 # torch, and the sections that import it, are imported where they are used, so that --help and mistakes take no time.
 
-SECTIONS = ("losses",)
-"""Modules of ``benchmarks``."""
+SECTIONS = ("mix", "batch", "loader", "losses", "step", "growth")
+"""Modules of ``sections``."""
 
 WARMUP_ROUNDS = 2
+TURN_SECONDS = 0.002
+
+ROW = "  {:22}{:>12}  {:22}{:>12}{:>18}{:>14}  {}"
 
 
-def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> tuple[list[float], list[float]]:
-    """Seconds that the reference and the candidate took in each round, both on the same random numbers."""
+def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[str, list[float]]:
+    """Seconds that a call of each run took in each round, all on the same random numbers.
+
+    Every two rounds have an order of their own and its reverse, so none is more often early or after a certain other.
+    A run that is over in less than ``TURN_SECONDS`` is called until those are over, as only the first call of a turn
+    finds the caches as the run before it left them.
+    """
     import torch
 
-    times: tuple[list[float], list[float]] = ([], [])
-    turns = list(zip((case.reference, case.candidate), times, strict=True))
+    times: dict[str, list[float]] = {name: [] for name in case.runs}
+    calls = dict.fromkeys(case.runs, 1)
     for number in range(WARMUP_ROUNDS + rounds):
-        for function, taken in turns:
+        order = random.Random(number // 2).sample(list(case.runs), len(case.runs))
+        for name in reversed(order) if number % 2 else order:
+            run = case.runs[name]
+            case.prepare()
             torch.manual_seed(number)
             synchronize()
             start = time.perf_counter()
-            function()
+            for _ in range(calls[name]):
+                run()
             synchronize()
-            taken.append(time.perf_counter() - start)
-        turns.reverse()
-    return times[0][WARMUP_ROUNDS:], times[1][WARMUP_ROUNDS:]
+            taken = (time.perf_counter() - start) / calls[name]
+            if number < WARMUP_ROUNDS:
+                calls[name] = max(1, round(TURN_SECONDS / taken))
+            times[name].append(taken)
+    return {name: taken[WARMUP_ROUNDS:] for name, taken in times.items()}
 
 
-def summarize(reference: list[float], candidate: list[float]) -> dict[str, float]:
-    """Medians in milliseconds, their ratio, and the median of the rounds' ratios."""
-    medians = [statistics.median(times) * 1e3 for times in (reference, candidate)]
+def summarize(case: Case, times: dict[str, list[float]]) -> dict[str, Any]:
+    """Medians, and for each comparison their ratio and the median of the rounds' ratios."""
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    runs = {name: {"median_ms": median * 1e3} for name, median in medians.items()}
+    for name, count in case.units.items():
+        runs[name][f"ns_per_{case.unit}"] = medians[name] * 1e9 / count
+    first, *others = case.runs
     return {
-        "reference_ms": medians[0],
-        "candidate_ms": medians[1],
-        "ratio_of_medians": medians[1] / medians[0],
-        "median_ratio": statistics.median(c / r for r, c in zip(reference, candidate, strict=True)),
+        "runs": runs,
+        "comparisons": [
+            {
+                "run": run,
+                "beside": other,
+                "ratio_of_medians": medians[run] / medians[other],
+                "median_ratio": statistics.median(a / b for a, b in zip(times[run], times[other], strict=True)),
+            }
+            for run, other in case.comparisons or [(first, other) for other in others]
+        ],
     }
 
 
+def measure(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:
+    """Time a case, print a row for each comparison and return the summary."""
+    found = summarize(case, interleave(case, rounds, synchronize))
+    for comparison in found["comparisons"]:
+        names = comparison["run"], comparison["beside"]
+        one, other = (found["runs"][name] for name in names)
+        ratios = (f"{comparison[key]:.3f}" for key in ("ratio_of_medians", "median_ratio"))
+        cells = names[0], f"{one['median_ms']:.3f}", names[1], f"{other['median_ms']:.3f}", *ratios
+        key = f"ns_per_{case.unit}"
+        each = f"{one[key]:,.2f} and {other[key]:,.2f} ns per {case.unit}" if key in one else ""
+        show(ROW.format(*cells, each).rstrip())
+    return found
+
+
 def describe_machine(device: str) -> dict[str, str | None]:
-    """The versions of what takes part, None where it is not installed, and the device's name."""
+    """The day, the versions of what takes part, None where it is not installed, and the device's name."""
+    import cv2
     import torch
 
     import detmix
 
-    packages = ("torch", "torchvision", "transformers")
-    versions = {name: importlib.metadata.version(name) if find_spec(name) else None for name in packages}
+    packages = ["torch", "torchvision", "numpy", "pillow", *["transformers"] * bool(find_spec("transformers"))]
     cpuinfo = Path("/proc/cpuinfo")  # on Linux platform knows no more than the architecture
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     cpu = model[1] if model else platform.processor() or platform.machine()
     return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
         "detmix": detmix.__version__,
-        **versions,
+        "transformers": None,
+        **{name: importlib.metadata.version(name) for name in packages},
+        "opencv": cv2.__version__,
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
     }
 
@@ -101,53 +146,70 @@ def writable(text: str) -> Path:
     return path
 
 
+def coco_root(text: str) -> Path:
+    """The value of an option that names a folder in COCO format."""
+    from detmix.datasets.coco import CocoFolder
+
+    try:
+        CocoFolder(text, masks=False, keypoints=False)
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
+
+
 def make_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__.partition(":")[0] + ".")
     parser.add_argument("section", nargs="+", choices=SECTIONS, help="what to time")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="which cases of the sections to run, by name")
     parser.add_argument("--rounds", type=positive, default=41, help="how often to time each case (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="how many threads torch may use (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=1, help="for torch and OpenCV, each (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
+    parser.add_argument("--root", type=coco_root, metavar="FOLDER", help="in COCO format, for loader (drawn for it)")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write the results to this file, too")
     return parser
 
 
 def main() -> None:
-    """Time the cases that the command line names, and print a row for each."""
+    """Time the cases that the command line names, and print rows for each."""
     parser = make_parser()
     args = parser.parse_args()
+    import cv2
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: there is no CUDA device")
-    sections: dict[str, Section] = {n: importlib.import_module(f"benchmarks.{n}").SECTION for n in args.section}
+    sections: dict[str, Section] = {n: importlib.import_module(f"sections.{n}").SECTION for n in args.section}
     known = [name for section in sections.values() for name in section.cases]
     if unknown := [name for name in args.cases or () if name not in known]:
         parser.error(f"argument --cases: {unknown[0]} is not one of {', '.join(known)}")
+    if args.root and not any("root" in section.options for section in sections.values()):
+        parser.error(f"argument --root: {', '.join(sections)} reads no images")
 
     torch.set_num_threads(args.threads)
+    cv2.setNumThreads(args.threads)
     machine = describe_machine(args.device)
     settings = {"threads": args.threads, "rounds": args.rounds}
     show(", ".join(f"{key} {value or 'missing'}" for key, value in (machine | settings).items()))
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     results = []
     for section_name, section in sections.items():
-        heads = (f"{section.reference} ms", f"{section.candidate} ms", "ratio of medians", "median ratio")
-        show(f"\n{section_name:12}" + "  ".join(heads) + "  sizes")
+        show("\n" + ROW.format(section_name, "ms", "beside", "ms", "ratio of medians", "median ratio", "").strip())
+        options = {name: getattr(args, name) for name in section.options}
         for name in section.cases:
             if name not in (args.cases or known):
                 continue
             torch.manual_seed(0)
             try:
-                case = section.cases[name](torch.device(args.device))
+                case = section.cases[name](torch.device(args.device), **options)
             except MissingPackageError as error:
-                show(f"{name:12}skipped: {error}")
+                show(f"{name}: skipped: {error}")
                 continue
-            found = summarize(*interleave(case, args.rounds, synchronize))
-            cells = (f"{value:{len(head)}.3f}" for head, value in zip(heads, found.values(), strict=True))
-            show(f"{name:12}" + "  ".join(cells) + f"  {case.sizes}")
+            show(f"{name}: {case.sizes}")
+            with contextlib.closing(case):
+                found = measure(case, args.rounds, synchronize)
             results.append({"section": section_name, "case": name, "sizes": case.sizes, **found})
+            del case  # before the next is built: both might not fit into memory
     if not results:
         parser.error("no case could be run")
     if args.json:

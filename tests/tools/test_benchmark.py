@@ -1,44 +1,28 @@
-import functools
+import itertools
 import json
 import re
+import shlex
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from unittest import mock
 
 import benchmark
+import cv2
 import pytest
 import torch
-from benchmarks import Case, losses
-from torch import nn
-from transformers.models.rt_detr.modeling_rt_detr import get_contrastive_denoising_training_group
+from sections import Case, loader, losses
 
-from tests.conftest import DEVICES, assert_same
+from detmix.datasets.shapes import draw_shapes
+from tests.conftest import DEVICES
+from tests.tools.tiny import SIZES
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "RetinaNet": {"size": (64, 96)},
-    "FCOS": {"size": (64, 96)},
-    "FasterRCNN": {"size": (64, 96)},
-    "RTDetr": {"decoder_layers": 2, "num_queries": 20, "num_denoising": 40},
-}
-VERSIONS = {"detmix", "torch", "torchvision", "transformers"}
-SPEEDS = {"reference_ms", "candidate_ms", "ratio_of_medians", "median_ratio"}
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    """The cases at sizes that take no time; and as many threads after a test as before it."""
-    for name, sizes in TINY.items():
-        case = functools.partial(losses.SECTION.cases[name], **sizes)
-        monkeypatch.setitem(losses.SECTION.cases, name, case)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+MACHINE = {"date", "python", "detmix", "torch", "torchvision", "transformers", "numpy", "opencv", "pillow", "device"}
 
 
 def command(monkeypatch, line):
-    monkeypatch.setattr("sys.argv", ["benchmark.py", *line.split()])
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *shlex.split(line)])
     benchmark.main()
 
 
@@ -50,124 +34,121 @@ def failure(monkeypatch, capsys, line):
     return said
 
 
-def seeded(function):
-    torch.manual_seed(0)
-    return function()
-
-
 @pytest.mark.parametrize("device", DEVICES)
-def test_every_case_has_a_row_and_an_entry(device, monkeypatch, capsys, tmp_path):
-    command(monkeypatch, f"losses --rounds 3 --threads 2 --device {device} --json {tmp_path / 'out.json'}")
-    header, _, heads, *rows = capsys.readouterr().out.splitlines()
+def test_every_case_has_rows_and_an_entry(device, monkeypatch, capsys, tmp_path):
+    sections = " ".join(benchmark.SECTIONS)
+    command(monkeypatch, f"{sections} --rounds 1 --device {device} --json {tmp_path / 'out.json'}")
+    header, *lines = capsys.readouterr().out.splitlines()
     written = json.loads((tmp_path / "out.json").read_text())
     cases = written.pop("cases")
-    assert written.keys() == VERSIONS | {"device", "threads", "rounds"}
-    assert (written["torch"], written["threads"], written["rounds"]) == (torch.__version__.split("+")[0], 2, 3)
-    assert torch.get_num_threads() == 2
+    assert written.keys() == MACHINE | {"threads", "rounds"}
+    assert (written["torch"], written["threads"], written["rounds"]) == (torch.__version__.split("+")[0], 1, 1)
+    assert written["opencv"] == cv2.__version__
+    assert torch.get_num_threads() == cv2.getNumThreads() == 1
     assert header == ", ".join(f"{key} {value}" for key, value in written.items())
-    assert heads.split("  ")[-5:] == ["stock ms", "weighted ms", "ratio of medians", "median ratio", "sizes"]
-    assert [case["case"] for case in cases] == list(TINY)
-    for case, row in zip(cases, rows, strict=True):
-        assert case.keys() == {"section", "case", "sizes"} | SPEEDS
-        assert case["section"] == "losses"
-        assert case["ratio_of_medians"] == pytest.approx(case["candidate_ms"] / case["reference_ms"])
-        assert row.split()[:2] == [case["case"], f"{case['reference_ms']:.3f}"]
-        assert row.endswith(f"  {case['sizes']}")
+    assert [(case["section"], case["case"]) for case in cases] == [(s, n) for s in benchmark.SECTIONS for n in SIZES[s]]
+    lines = iter(lines)
+    for number, case in enumerate(cases):
+        if not number or case["section"] != cases[number - 1]["section"]:
+            assert next(lines) == ""
+            heads = [case["section"], "ms", "beside", "ms", "ratio of medians", "median ratio"]
+            assert re.split("  +", next(lines)) == heads
+        assert next(lines) == f"{case['case']}: {case['sizes']}"
+        for comparison in case["comparisons"]:
+            one, other = (case["runs"][comparison[key]]["median_ms"] for key in ("run", "beside"))
+            assert comparison["ratio_of_medians"] == comparison["median_ratio"] == pytest.approx(one / other)
+            ratio = f"{comparison['ratio_of_medians']:.3f}"
+            shown = [comparison["run"], f"{one:.3f}", comparison["beside"], f"{other:.3f}", ratio, ratio]
+            assert re.split("  +", next(lines).strip())[:6] == shown
+    assert next(lines, None) is None
 
 
-def test_it_runs_as_a_script_at_full_size(tmp_path):
-    line = f"tools/benchmark.py losses --cases FCOS --rounds 1 --json {tmp_path / 'out.json'}"
-    said = subprocess.run([sys.executable, *line.split()], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
-    assert case["sizes"] == "2 x 22,400 anchors x 91 classes, 16 boxes an image"
-    assert case["sizes"] in said
+def test_threads_are_those_of_torch_and_of_opencv(monkeypatch, tmp_path):
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    command(monkeypatch, f"mix --rounds 1 --threads 2 --json {tmp_path / 'out.json'}")
+    assert json.loads((tmp_path / "out.json").read_text())["threads"] == 2
+    assert torch.get_num_threads() == cv2.getNumThreads() == 2
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "sizes"),
+    ("line", "sizes"),
     [
-        ("RetinaNet", {"size": (640, 640)}, "2 x 76,725 anchors x 91 classes"),
-        ("FasterRCNN", {"size": (800, 1344)}, "2 x 268,569 anchors, 2 x 512 proposals x 91 classes"),
+        ("losses --cases FCOS", "2 x 22,400 anchors x 91 classes, 16 boxes an image"),
         (
-            "RTDetr",
-            {"decoder_layers": 6, "num_queries": 300, "num_denoising": 100},
-            "8 x (300 + 192 denoising) queries x 80 classes, 6 layers + encoder",
+            'mix --cases "float16 CHW"',
+            "480 x 640 and 640 x 480 on 640 x 640 pixels, 3 channels; copied 1,536,000 values",
         ),
     ],
 )
-def test_sizes_are_those_of_what_is_computed(name, options, sizes):
-    assert losses.SECTION.cases[name](torch.device("cpu"), **options).sizes == f"{sizes}, 16 boxes an image"
+def test_it_runs_as_a_script_at_full_size(line, sizes, tmp_path):
+    line = f"tools/benchmark.py {line} --rounds 1 --json {tmp_path / 'out.json'}"
+    said = subprocess.run(
+        [sys.executable, *shlex.split(line)], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    (case,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert case["sizes"] == sizes
+    assert sizes in said
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", TINY)
-def test_stock_and_weighted_differ_by_the_weights_alone(name, device):
-    case = losses.SECTION.cases[name](torch.device(device))
-    model, _ = case.reference.args
-    held = [*model.modules(), getattr(model, "loss_function", None)]
-    assert not any(type(part).__module__.startswith("detmix") for part in held)
-    stock = seeded(case.reference)
-    assert torch.isfinite(stock)
-    assert seeded(case.candidate) < stock
-    _, targets = case.candidate.args
-    for target in targets:
-        target["weights"].fill_(1)
-    assert torch.equal(seeded(case.candidate), stock)
-
-
-def test_denoising_queries_are_those_of_the_model():
-    case = losses.SECTION.cases["RTDetr"](torch.device("cpu"))
-    model, labels = case.reference.args
-    loss, config = model.loss_function, model.config
-    model.loss_function = mock.Mock(side_effect=loss)
-    case.reference()
-    given = model.loss_function.call_args.kwargs["denoising_meta_values"]
-    embed = nn.Embedding(config.num_labels + 1, 4)
-    *_, made = get_contrastive_denoising_training_group(
-        labels, config.num_labels, config.num_queries, embed, config.num_denoising
-    )
-    assert_same(given, {**made, "dn_positive_idx": list(made["dn_positive_idx"])})
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_losses_run_backward_to_every_output(name, monkeypatch):
-    gradients = []
-    grad = torch.autograd.grad
-    monkeypatch.setattr("torch.autograd.grad", lambda *args: gradients.append(grad(*args)))
-    case = losses.SECTION.cases[name](torch.device("cpu"))
-    seeded(case.reference), seeded(case.candidate)
-    stock, weighted = gradients
-    for one, other in zip(stock, weighted, strict=True):
-        assert one.any()
-        assert not torch.equal(one, other)
-
-
-def test_both_run_in_turns_on_the_same_random_numbers(monkeypatch):
+@pytest.mark.parametrize("names", ["ab", "abc", "abcd"])
+def test_runs_take_turns_on_the_same_random_numbers(names, monkeypatch):
     now, log, drawn = [0.0], [], []
+    seconds = {name: number for number, name in enumerate(names, 1)}
 
-    def taking(seconds, name):
+    def taking(name):
         def run():
-            now[0] += 100 if len(log) < 6 * benchmark.WARMUP_ROUNDS else seconds
+            now[0] += 100 if len(drawn) < benchmark.WARMUP_ROUNDS * len(names) else seconds[name]
             log.append(name)
             drawn.append(torch.rand(()).item())
 
         return run
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    case = Case("", taking(1, "reference"), taking(3, "candidate"))
-    taken = benchmark.interleave(case, 3, lambda: log.append("wait"))
-    assert taken == ([1.0] * 3, [3.0] * 3)
-    rounds = 3 + benchmark.WARMUP_ROUNDS
-    assert log[::3] == log[2::3] == ["wait"] * 2 * rounds
-    assert log[1::3] == [("reference", "candidate")[(i + i // 2) % 2] for i in range(2 * rounds)]
-    assert drawn[::2] == drawn[1::2]
+    case = Case("", {name: taking(name) for name in names}, prepare=lambda: log.append("prepare"))
+    rounds = 40
+    assert benchmark.interleave(case, rounds, lambda: log.append("wait")) == {
+        n: [s] * rounds for n, s in seconds.items()
+    }
+    rounds += benchmark.WARMUP_ROUNDS
+    assert log[::4] == ["prepare"] * len(names) * rounds
+    assert log[1::4] == log[3::4] == ["wait"] * len(names) * rounds
+    orders = ["".join(log[2::4])[i * len(names) :][: len(names)] for i in range(rounds)]
+    assert all(set(order) == set(names) for order in orders)
+    assert all(one == other[::-1] for one, other in zip(orders[::2], orders[1::2], strict=True))
+    assert {(a, b) for a in names for b in names if a != b} == {
+        pair for order in orders for pair in itertools.pairwise(order)
+    }
     assert len(set(drawn)) == rounds
+    assert all(len(set(drawn[i * len(names) :][: len(names)])) == 1 for i in range(rounds))
+
+
+def test_short_runs_are_called_until_a_turn_is_over(monkeypatch):
+    now, calls = [0.0], []
+
+    def run():
+        now[0] += 0.0005 if calls else 0.1  # the first finds nothing ready
+        calls.append(0)
+
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    case = Case("", {"run": run})
+    assert benchmark.interleave(case, 3, lambda: None) == {"run": [pytest.approx(0.0005)] * 3}
+    assert len(calls) == benchmark.WARMUP_ROUNDS + 4 * 3
 
 
 def test_a_summary_holds_medians_and_both_ratios():
-    assert benchmark.summarize([0.001, 0.002, 0.004], [0.002, 0.003, 0.012]) == pytest.approx(
-        {"reference_ms": 2.0, "candidate_ms": 3.0, "ratio_of_medians": 1.5, "median_ratio": 2.0}
-    )
+    times = {"a": [0.002, 0.003, 0.012], "b": [0.001, 0.002, 0.004], "c": [0.001] * 3}
+    runs = dict.fromkeys(times, int)
+    found = benchmark.summarize(Case("", runs), times)
+    assert found["runs"] == {name: {"median_ms": pytest.approx(ms)} for name, ms in (("a", 3), ("b", 2), ("c", 1))}
+    assert found["comparisons"] == [
+        {"run": "a", "beside": "b", "ratio_of_medians": pytest.approx(1.5), "median_ratio": pytest.approx(2.0)},
+        {"run": "a", "beside": "c", "ratio_of_medians": pytest.approx(3.0), "median_ratio": pytest.approx(3.0)},
+    ]
+    found = benchmark.summarize(Case("", runs, [("b", "c")], "box", {"b": 4, "c": 1}), times)
+    (comparison,) = found["comparisons"]
+    assert (comparison["run"], comparison["beside"]) == ("b", "c")
+    assert [run.get("ns_per_box") for run in found["runs"].values()] == [None, pytest.approx(5e5), pytest.approx(1e6)]
 
 
 def test_it_waits_for_a_cuda_device(monkeypatch):
@@ -181,16 +162,42 @@ def test_it_waits_for_a_cuda_device(monkeypatch):
     assert len(waits) == 4 * (1 + benchmark.WARMUP_ROUNDS)
 
 
+@pytest.mark.parametrize("section", ["losses", "step"])
 @pytest.mark.parametrize("package", ["transformers", "scipy"])
-def test_a_case_is_skipped_without_its_package(package, monkeypatch, capsys, tmp_path):
+def test_a_case_is_skipped_without_its_package(package, section, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, package, None)
-    line = f"losses --rounds 1 --json {tmp_path / 'out.json'} --cases RTDetr"
+    line = f"{section} --rounds 1 --json {tmp_path / 'out.json'} --cases RTDetr"
     command(monkeypatch, f"{line} FCOS")
     written = json.loads((tmp_path / "out.json").read_text())
     assert [case["case"] for case in written["cases"]] == ["FCOS"]
     assert (written["transformers"] is None) == (package == "transformers")
-    assert "\nRTDetr      skipped: pip install 'detmix[transformers]'\n" in capsys.readouterr().out
+    assert "\nRTDetr: skipped: pip install 'detmix[transformers]'\n" in capsys.readouterr().out
     assert failure(monkeypatch, capsys, line) == "error: no case could be run"
+
+
+def test_root_is_what_loader_reads(monkeypatch, capsys, tmp_path):
+    root = draw_shapes(tmp_path / "shapes", num_train=3, num_val=1)
+    command(monkeypatch, f"loader --rounds 1 --root {root}")
+    assert capsys.readouterr().out.count("3 images of shapes, batches of 3") == 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_is_drawn_is_deleted(fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    passes = []
+
+    def pass_over(_):
+        passes.append([*tmp_path.glob("*/images/*.jpg")])
+        if fails:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(loader, "pass_over", pass_over)
+    try:
+        command(monkeypatch, "loader --rounds 1")
+    except KeyboardInterrupt:
+        assert fails
+    assert len(passes[0]) == 6
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
@@ -206,9 +213,13 @@ def test_a_case_is_skipped_without_its_package(package, monkeypatch, capsys, tmp
         ("losses --json .", "argument --json: . is a folder"),
         ("losses --device cuda", "argument --device: there is no CUDA device"),
         ("losses --device tpu", "argument --device: invalid choice: 'tpu' .*cuda.*"),
+        ("loader --root no", "argument --root: root no is not a folder."),
+        ("loader --root .", "argument --root: annotations .*instances_train.json is missing; .*"),
+        ("mix batch --root shapes", "argument --root: mix, batch reads no images"),
     ],
 )
 def test_a_mistake_is_one_line(line, message, monkeypatch, capsys, tmp_path):
+    draw_shapes(tmp_path / "shapes", num_train=1, num_val=1)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert re.fullmatch(f"error: {message}", failure(monkeypatch, capsys, line))

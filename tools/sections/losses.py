@@ -15,12 +15,10 @@ from torchvision.models.detection.rpn import concat_box_prediction_layers
 from torchvision.ops import box_convert
 
 import detmix
-from benchmarks import Case, MissingPackageError, Section
-
-Target = dict[str, Tensor]
+from sections import Case, MissingPackageError, Section
+from sections.inputs import CLASSES, Target, draw_boxes, draw_targets
 
 BOXES = 16  # an image of COCO has 7.3 boxes, and a mixed one those of two
-CLASSES = 91
 # As many images as a device has by default: 2 in torchvision's training script, 8 in transformers' Trainer.
 
 
@@ -38,8 +36,10 @@ def stock_and_weighted(
     weighted_targets = [target | {"weights": torch.rand(BOXES, device=outputs[0].device)} for target in targets]
     return Case(
         f"{sizes}, {BOXES} boxes an image",
-        functools.partial(run, model, targets),
-        functools.partial(run, weighted_model, weighted_targets),
+        {
+            "weighted": functools.partial(run, weighted_model, weighted_targets),
+            "stock": functools.partial(run, model, targets),
+        },
     )
 
 
@@ -48,7 +48,7 @@ def dense(device: torch.device, *, name: str, size: tuple[int, int], count: int 
     backbone = random_backbone(range(3, 8), count, size, device)
     sides = {"min_size": min(size), "max_size": max(size)}
     model = getattr(detection, name)(backbone, CLASSES, **sides).to(device)
-    targets = draw_targets(count, size, device)
+    targets = draw_targets([size] * count, BOXES, device)
     with mock.patch.object(model.head, "compute_loss", return_value={}) as compute_loss:
         model(list(torch.rand(count, 3, *size, device=device)), targets)
     _, outputs, anchors, matched = compute_loss.call_args.args
@@ -89,7 +89,7 @@ def faster_rcnn(device: torch.device, *, size: tuple[int, int], count: int = 2) 
         model,
         loss,
         [objectness, deltas, logits, box_deltas],
-        draw_targets(count, size, device),
+        draw_targets([size] * count, BOXES, device),
     )
 
 
@@ -136,22 +136,6 @@ def rt_detr(device: torch.device, *, count: int = 8, **options: int) -> Case:
     return stock_and_weighted(sizes, model, loss, [*decoded, *encoded], labels)
 
 
-def draw_targets(count: int, size: tuple[int, int], device: torch.device) -> list[Target]:
-    """Targets of torchvision's detectors."""
-    return [
-        {"boxes": draw_boxes(BOXES, size, device), "labels": torch.randint(1, CLASSES, (BOXES,), device=device)}
-        for _ in range(count)
-    ]
-
-
-def draw_boxes(count: int, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Boxes in an image of a height and a width, each side 5 to 30 % of the image's."""
-    height, width = size
-    corners = torch.rand(count, 2, device=device) * 0.7
-    sides = torch.rand(count, 2, device=device) * 0.25 + 0.05
-    return torch.cat([corners, corners + sides], 1) * torch.tensor([width, height] * 2, device=device)
-
-
 def random_backbone(levels: range, count: int, size: tuple[int, int], device: torch.device) -> nn.Module:
     """What passes for a backbone, with the feature pyramid's sizes but noise as features."""
     channels = 32  # the fewest that the group norms of FCOS can have
@@ -173,8 +157,6 @@ def giving(output: Any) -> nn.Module:
 
 
 SECTION = Section(
-    "stock",
-    "weighted",
     {
         "RetinaNet": functools.partial(dense, name="RetinaNet", size=(640, 640)),
         "FCOS": functools.partial(dense, name="FCOS", size=(800, 1344)),
