@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,8 +44,9 @@ def blend_images(
         tensor([[[12,  5],
                  [ 8,  0]]], dtype=torch.uint8)
     """
-    (blend,) = blend_each([first], [second], [lam], fill=fill, outs=None if out is None else [out])
-    return blend
+    blend, levels = _prepare(first, second, lam, fill, out)
+    write([blend], levels)
+    return like(blend.out, first) if out is None else out
 
 
 def blend_each(
@@ -77,27 +79,21 @@ def blend_each(
         >>> blend_each([small, wide], [wide, None], [0.75, 1.0])
         [tensor([[[0.7500, 0.0000]]]), tensor([[[0., 0.]]])]
     """
-    canvases: list[Tensor] = []
+    prepared = [
+        _prepare(first, first if second is None else second, lam, fill, None if outs is None else outs[i])
+        for i, (first, second, lam) in enumerate(zip(firsts, seconds, lams, strict=True))
+    ]
     groups: defaultdict[Any, list[Blend]] = defaultdict(list)
-    for i, (first, second, lam) in enumerate(zip(firsts, seconds, lams, strict=True)):
-        check_lam(lam)
-        _check_pair(first, first if second is None else second)
-        levels = _check_levels(fill, first)
-        one, other = (image.as_subclass(Tensor) for image in (first, first if second is None else second))
-        size = canvas_size(one, other)
-        if outs is None:
-            canvases.append(_make_canvas(one, size))
+    for (blend, levels), second in zip(prepared, seconds, strict=True):
+        if second is None:
+            blend.out.copy_(blend.first)
         else:
-            _check_out(outs[i], one, (len(one), *size), [one, other])
-            canvases.append(outs[i].as_subclass(Tensor))
-        groups[second is None, one.dtype, one.device, len(one)].append(Blend(canvases[-1], one, other, lam))
-    for (is_copied, *_), blends in groups.items():
-        if is_copied:
-            for blend in blends:
-                blend.out.copy_(blend.first)
-        else:
-            write(blends, levels)
-    return [like(canvas, first) for canvas, first in zip(canvases, firsts, strict=True)] if outs is None else list(outs)
+            groups[blend.out.dtype, blend.out.device, levels].append(blend)
+    for (_, _, levels), blends in groups.items():
+        write(blends, levels)
+    if outs is not None:
+        return list(outs)
+    return [like(blend.out, first) for (blend, _), first in zip(prepared, firsts, strict=True)]
 
 
 def blend_batch(
@@ -143,7 +139,7 @@ def blend_batch(
         if inplace:
             raise ValueError("out must be None if the blends are written into images, inplace=True.")
         _check_out(out, entries, entries.shape, [entries, *([pool] if isinstance(pool, Tensor) else pool or [])])
-    levels = _check_levels(fill, entries[0]) if entries.ndim == 4 and len(entries) else [0.0]
+    levels = _check_levels(fill, entries[0]) if entries.ndim == 4 and len(entries) else (0.0,)
     if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
         blended = _blend_at_once(entries, partners, lams, seconds)
         return like(blended, images) if out is None else out.copy_(blended)
@@ -181,6 +177,21 @@ def check_lam(lam: float) -> None:
     """Raise a ValueError unless lam is a share."""
     if not 0 <= lam <= 1:
         raise ValueError(f"lam is the share of the first image and must lie in [0, 1], but it is {lam}.")
+
+
+def _prepare(
+    first: Tensor, second: Tensor, lam: float, fill: float | Sequence[float], out: Tensor | None
+) -> tuple[Blend, tuple[float, ...]]:
+    """A pair, checked, with a canvas to write it on, and the levels of what is not covered."""
+    check_lam(lam)
+    _check_pair(first, second)
+    levels = _check_levels(fill, first)
+    one, other = first.as_subclass(Tensor), second.as_subclass(Tensor)
+    shape = (one.shape[0], *canvas_size(one, other))
+    if out is None:
+        return Blend(_make_canvas(one, shape), one, other, lam), levels
+    _check_out(out, one, shape, [one, other])
+    return Blend(out.as_subclass(Tensor), one, other, lam), levels
 
 
 def _check_pair(first: Tensor, second: Tensor, where: str = "first and second") -> None:
@@ -259,18 +270,23 @@ def _order(partners: Sequence[int]) -> list[tuple[int, bool]]:
     return order
 
 
-def _check_levels(fill: float | Sequence[float], image: Tensor) -> list[float]:
-    if image.dtype == torch.bool or image.is_complex():
-        raise ValueError(f"images must be integer or floating point to be blended, but are {image.dtype}.")
-    values = list(fill) if isinstance(fill, Sequence) else [fill]
-    if len(values) not in (1, image.shape[0]):
-        raise ValueError(f"fill must be one number or one for each of {image.shape[0]} channels, but it is {fill}.")
-    if not image.is_floating_point():
-        info = torch.iinfo(image.dtype)
+def _check_levels(fill: float | Sequence[float], image: Tensor) -> tuple[float, ...]:
+    values = tuple(fill) if isinstance(fill, Sequence) else (fill,)
+    return _check_values(values, image.dtype, image.shape[0])
+
+
+@lru_cache
+def _check_values(values: tuple[float, ...], dtype: torch.dtype, channels: int) -> tuple[float, ...]:
+    if dtype == torch.bool or dtype.is_complex:
+        raise ValueError(f"images must be integer or floating point to be blended, but are {dtype}.")
+    given = values if len(values) > 1 else values[0] if values else ()
+    if len(values) not in (1, channels):
+        raise ValueError(f"fill must be one number or one for each of {channels} channels, but it is {given}.")
+    if not dtype.is_floating_point:
+        info = torch.iinfo(dtype)
         if any(not float(value).is_integer() or not info.min <= value <= info.max for value in values):
             raise ValueError(
-                f"fill must be a whole number from {info.min} to {info.max} for images of {image.dtype}, but it is "
-                f"{fill}."
+                f"fill must be a whole number from {info.min} to {info.max} for images of {dtype}, but it is {given}."
             )
     return values
 
@@ -299,7 +315,9 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
     return start, start + (extent + 1) * tensor.element_size() if tensor.numel() else start
 
 
-def _make_canvas(image: Tensor, size: tuple[int, int]) -> Tensor:
+def _make_canvas(image: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if image.is_contiguous():
+        return image.new_empty(shape)
     # The layout of the image: channels last stays so.
     layout = sorted(range(3), key=image.stride, reverse=True)
-    return torch.empty_permuted((image.shape[0], *size), layout, dtype=image.dtype, device=image.device)
+    return torch.empty_permuted(shape, layout, dtype=image.dtype, device=image.device)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,11 +37,13 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
         return
     out = blends[0].out
     routine = _find_routine(out)
-    if routine is not None and not _is_tracked(*(tensor for blend in blends for tensor in blend[:3])):
-        ordered = [blend if _layout(blend, levels) else _reorder(blend) for blend in blends]
-        layouts = [layout for blend in ordered if (layout := _layout(blend, levels))]
-        if len(layouts) == len(blends):
-            routine(ordered, layouts, levels)
+    if routine is not None and not any(_is_tracked(*blend[:3]) for blend in blends):
+        layouts = [_layout(blend, levels) for blend in blends]
+        if None in layouts:
+            blends = [blend if layout else _reorder(blend) for blend, layout in zip(blends, layouts, strict=True)]
+            layouts = [_layout(blend, levels) for blend in blends]
+        if None not in layouts:
+            routine(blends, layouts, levels)
             return
     # Made on the device: a tensor of the host's would have to be copied there.
     level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
@@ -49,11 +51,11 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
         _write_by_torch(blend, level)
 
 
-def _find_routine(out: Tensor) -> Callable[[Sequence[Blend], Sequence[Layout], Sequence[float]], None] | None:
+def _find_routine(out: Tensor) -> Callable[[Sequence[Blend], Sequence[Any], Sequence[float]], None] | None:
     """What writes blends that are stacks of planes, if there is better than torch's operations."""
-    if out.device.type == "cuda":
+    if out.is_cuda:
         return _find_fused(out.device).get(out.dtype)
-    return _write_by_opencv if out.device.type == "cpu" and out.dtype == torch.uint8 else None
+    return _write_by_opencv if out.is_cpu and out.dtype == torch.uint8 else None
 
 
 @cache
@@ -74,23 +76,22 @@ def _find_fused(device: torch.device) -> dict[torch.dtype, Callable[..., None]]:
 
 def _is_tracked(*tensors: Tensor) -> bool:
     """Whether autograd watches."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return tensors[0].is_floating_point() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _layout(blend: Blend, levels: Sequence[float]) -> Layout | None:
     """The planes without gaps in their rows that all three tensors are; None if they are not, or of several orders."""
-    out, *images = tensors = blend[:3]
-    if out.shape == images[0].shape == images[1].shape:
-        one = out if out.is_contiguous() else out.movedim(0, -1)
-        if one.is_contiguous() and out.stride() == images[0].stride() == images[1].stride():
-            return "flat"
+    out, first, second, _ = blend
+    is_alike = out.shape == first.shape == second.shape and out.stride() == first.stride() == second.stride()
+    if is_alike and (out.is_contiguous() or out.movedim(0, -1).is_contiguous()):
+        return "flat"
     if out.ndim != 3:
         return None
-    if all(tensor.stride(2) == 1 for tensor in tensors):
+    strides = {tensor.stride()[::2] for tensor in (out, first, second)}
+    if all(column == 1 for _, column in strides):
         return "channels first"
     # A row of pixels has one level only if its channels have.
-    is_last = len(levels) == 1 and all(tensor.stride()[::2] == (1, tensor.shape[0]) for tensor in tensors)
-    return "channels last" if is_last else None
+    return "channels last" if len(levels) == 1 and strides == {(1, out.shape[0])} else None
 
 
 def _reorder(blend: Blend) -> Blend:
@@ -107,7 +108,9 @@ def _reorder(blend: Blend) -> Blend:
 
 def _windows(out: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[Window, list[bool]]]:
     """The parts of a canvas, and which of two images cover each; sizes are (height, width)."""
-    rows, columns = (sorted({0, *sides}) for sides in zip(out, first, second, strict=True))
+    if out == first == second:
+        return [((slice(None), slice(None)), [True, True])]
+    rows, columns = sorted({0, out[0], first[0], second[0]}), sorted({0, out[1], first[1], second[1]})
     return [
         ((slice(top, bottom), slice(left, right)), [bottom <= size[0] and right <= size[1] for size in (first, second)])
         for top, bottom in pairwise(rows)
@@ -171,8 +174,9 @@ def _write_by_opencv(blends: Sequence[Blend], layouts: Sequence[Layout], levels:
 
 def _planes(tensor: Tensor, layout: Layout) -> list[npt.NDArray[np.uint8]]:
     """The memory of a tensor as planes of rows."""
+    array = tensor.numpy()
     if layout == "channels first":
-        return [*tensor.numpy()]
+        return [*array]
     if layout == "channels last":
-        return [tensor.permute(1, 2, 0).flatten(1).numpy()]
-    return [(tensor if tensor.is_contiguous() else tensor.movedim(0, -1)).reshape(1, -1).numpy()]
+        return [array.transpose(1, 2, 0).reshape(array.shape[1], -1)]
+    return [(array if tensor.is_contiguous() else np.moveaxis(array, 0, -1)).reshape(1, -1)]

@@ -169,7 +169,8 @@ class MixUp(nn.Module):
         worker = get_worker_info()
         rng = self.make_rng("batch", 0 if worker is None else worker.id, self._count_batch())
         partners = pair(self.pairing, targets, pool, rng)
-        drawn = [self.draw(rng) for _ in targets]
+        probability = self.probability()
+        drawn = [self.draw(rng, probability) for _ in targets]
         if self.per_batch:
             drawn = [mix._replace(lam=drawn[0].lam, shares=drawn[0].shares) for mix in drawn]
         return [
@@ -188,9 +189,14 @@ class MixUp(nn.Module):
             return random.Random(f"{int(torch.randint(2**63 - 1, ()))} {rank}")
         return random.Random(f"{self.seed} {epoch} {rank} {key}")
 
-    def draw(self, rng: random.Random) -> Mix:
-        """One sample's share, and the place of its partner, without saying who that is; ``lam`` is 1 if not mixed."""
-        mixed = rng.random() < self.probability()
+    def draw(self, rng: random.Random, probability: float | None = None) -> Mix:
+        """One sample's share, and the place of its partner, without saying who that is; ``lam`` is 1 if not mixed.
+
+        Args:
+            rng: Where the draws come from.
+            probability: That it is mixed at all; this epoch's, if ``None``.
+        """
+        mixed = rng.random() < (self.probability() if probability is None else probability)
         lam = self._draw_lam(rng)
         placement = None if self.scale is None else Placement(rng.uniform(*self.scale), rng.random(), rng.random())
         return Mix(-1, lam, SHARES[self.weights](lam), placement) if mixed else Mix()
@@ -202,6 +208,7 @@ class MixUp(nn.Module):
         params: Sequence[Mix] | None = None,
         *,
         pool: tuple[Any, Any] | None = None,
+        out: Tensor | None = None,
     ) -> tuple[Tensor | list[Tensor], list[Target] | Tensor]:
         """Mix a batch.
 
@@ -213,22 +220,25 @@ class MixUp(nn.Module):
             params: A plan, to replay; drawn with `make_params` if ``None``.
             pool: Images and targets that the partners are taken from, the targets ``None`` if there are none; the batch
                 itself if ``None``.
+            out: A batch tensor to write the mix into, also that of a sequence of images whose mixes are of one size:
+                memory of the caller's, for a loop that uses it again, or a ``collate_fn`` that would stack.
 
         Returns:
-            Images, a tensor for a tensor and a list for a sequence, and new targets, or soft labels.
+            Images, a tensor for a tensor and a list for a sequence, ``out`` if given, and new targets, or soft labels.
         """
         if pool is not None and pool[1] is None:
             pool = (pool[0], [{}] * len(pool[0]))
         plan = self.make_params(targets, None if pool is None else pool[1]) if params is None else params
         if not isinstance(targets, Tensor):
             options: dict[str, Any] = {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}
-            return functional.mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, **options)
+            return functional.mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, out=out, **options)
         if not isinstance(images, Tensor) or self.scale is not None:
             raise TypeError("class labels go with one batch tensor, and with no scale; detection targets are dicts.")
         entries, labels = (None, None) if pool is None else pool
         soft = functional.mix_labels(targets, plan, num_classes=self.num_classes, pool=labels)
         partners, lams = [mix.partner for mix in plan], [mix.lam for mix in plan]
-        return functional.blend_batch(images, partners, lams, pool=entries, fill=self.fill, inplace=self.inplace), soft
+        memory: dict[str, Any] = {"inplace": self.inplace, "out": out}
+        return functional.blend_batch(images, partners, lams, pool=entries, fill=self.fill, **memory), soft
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where the draws stand, for ``state_dict``: the epoch and the batches drawn in it."""

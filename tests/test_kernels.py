@@ -123,13 +123,10 @@ def test_images_in_another_memory_order_than_out_are_bytes_all_the_same(orders, 
     assert torch.all((blend.out - expect(blend, [7])).abs() <= 0.5 + 1e-4)
 
 
-CUDA = torch.device("cuda")
-
-
 class Disguised(torch.Tensor):
     """A tensor of the host that says that it is on a CUDA device."""
 
-    device = CUDA
+    device, is_cuda = torch.device("cuda"), True
 
 
 def on_cuda(blends, monkeypatch):

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset, get_worker_info
 
 import detmix
-from detmix import functional
 from detmix.datasets.coco import CocoFolder
 from detmix.datasets.mixup import MixUpDataset
 from sections import Case, Section
@@ -80,10 +79,7 @@ class Collate:
         out = memory_for(images)
         if self.mixup is None:
             return images if out is None else torch.stack(images, out=out), targets
-        if out is None:
-            return self.mixup(images, targets)
-        batch = torch.stack(images, out=out)
-        return functional.mixup_batch(batch, targets, self.mixup.make_params(targets), inplace=True)
+        return self.mixup(images, targets, out=out)
 
 
 def memory_for(images: Sequence[Tensor]) -> Tensor | None:
