@@ -20,9 +20,14 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from sections import Case, MissingPackageError, Section
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # torch, and the sections that import it, are imported where they are used, so that --help and mistakes take no time.
 
@@ -32,11 +37,20 @@ SECTIONS = ("mix", "batch", "loader", "losses", "step", "growth")
 WARMUP_ROUNDS = 2
 TURN_SECONDS = 0.002
 
-ROW = "  {:22}{:>12}  {:22}{:>12}{:>18}{:>14}  {}"
+ROW = "  {:22}{:>12}  {:22}{:>12}{:>18}{:>14}{:>20}  {}"
 
 
-def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[str, list[float]]:
-    """Seconds that a call of each run took in each round, all on the same random numbers.
+class Turn(NamedTuple):
+    """What a call of a run took in one round."""
+
+    seconds: float
+    page_faults: float
+    """How often memory fresh from the system was touched first, which can cost more than the arithmetic. An allocator
+    that holds on to what was freed saves it; whether it does depends on all that was allocated before."""
+
+
+def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[str, list[Turn]]:
+    """What a call of each run took in each round, all on the same random numbers.
 
     Every two rounds have an order of their own and its reverse, so none is more often early or after a certain other.
     A run that is over in less than ``TURN_SECONDS`` is called until those are over, as only the first call of a turn
@@ -44,7 +58,7 @@ def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict
     """
     import torch
 
-    times: dict[str, list[float]] = {name: [] for name in case.runs}
+    turns: dict[str, list[Turn]] = {name: [] for name in case.runs}
     calls = dict.fromkeys(case.runs, 1)
     for number in range(WARMUP_ROUNDS + rounds):
         order = random.Random(number // 2).sample(list(case.runs), len(case.runs))
@@ -53,21 +67,30 @@ def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict
             case.prepare()
             torch.manual_seed(number)
             synchronize()
-            start = time.perf_counter()
+            faults, start = count_page_faults(), time.perf_counter()
             for _ in range(calls[name]):
                 run()
             synchronize()
-            taken = (time.perf_counter() - start) / calls[name]
+            seconds, faults = time.perf_counter() - start, count_page_faults() - faults
+            turns[name].append(Turn(seconds / calls[name], faults / calls[name]))
             if number < WARMUP_ROUNDS:
-                calls[name] = max(1, round(TURN_SECONDS / taken))
-            times[name].append(taken)
-    return {name: taken[WARMUP_ROUNDS:] for name, taken in times.items()}
+                calls[name] = max(1, round(TURN_SECONDS / turns[name][-1].seconds))
+    return {name: taken[WARMUP_ROUNDS:] for name, taken in turns.items()}
 
 
-def summarize(case: Case, times: dict[str, list[float]]) -> dict[str, Any]:
+def count_page_faults() -> int:
+    """Those of this process until now, of the kind that read no disk; 0 where the system does not tell."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
+
+
+def summarize(case: Case, turns: dict[str, list[Turn]]) -> dict[str, Any]:
     """Medians, and for each comparison their ratio and the median of the rounds' ratios."""
+    times = {name: [turn.seconds for turn in taken] for name, taken in turns.items()}
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    runs = {name: {"median_ms": median * 1e3} for name, median in medians.items()}
+    runs = {
+        name: {"median_ms": median * 1e3, "page_faults": statistics.median(turn.page_faults for turn in turns[name])}
+        for name, median in medians.items()
+    }
     for name, count in case.units.items():
         runs[name][f"ns_per_{case.unit}"] = medians[name] * 1e9 / count
     first, *others = case.runs
@@ -93,9 +116,10 @@ def measure(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[st
         one, other = (found["runs"][name] for name in names)
         ratios = (f"{comparison[key]:.3f}" for key in ("ratio_of_medians", "median_ratio"))
         cells = names[0], f"{one['median_ms']:.3f}", names[1], f"{other['median_ms']:.3f}", *ratios
+        faults = f"{one['page_faults']:,.0f} and {other['page_faults']:,.0f}"
         key = f"ns_per_{case.unit}"
         each = f"{one[key]:,.2f} and {other[key]:,.2f} ns per {case.unit}" if key in one else ""
-        show(ROW.format(*cells, each).rstrip())
+        show(ROW.format(*cells, faults, each).rstrip())
     return found
 
 
@@ -194,7 +218,12 @@ def main() -> None:
     synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     results = []
     for section_name, section in sections.items():
-        show("\n" + ROW.format(section_name, "ms", "beside", "ms", "ratio of medians", "median ratio", "").strip())
+        show(
+            "\n"
+            + ROW.format(
+                section_name, "ms", "beside", "ms", "ratio of medians", "median ratio", "page faults", ""
+            ).strip()
+        )
         options = {name: getattr(args, name) for name in section.options}
         for name in section.cases:
             if name not in (args.cases or known):

@@ -1,5 +1,6 @@
 import itertools
 import json
+import mmap
 import re
 import shlex
 import subprocess
@@ -107,7 +108,8 @@ def test_runs_take_turns_on_the_same_random_numbers(names, monkeypatch):
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     case = Case("", {name: taking(name) for name in names}, prepare=lambda: log.append("prepare"))
     rounds = 40
-    assert benchmark.interleave(case, rounds, lambda: log.append("wait")) == {
+    turns = benchmark.interleave(case, rounds, lambda: log.append("wait"))
+    assert {n: [turn.seconds for turn in taken] for n, taken in turns.items()} == {
         n: [s] * rounds for n, s in seconds.items()
     }
     rounds += benchmark.WARMUP_ROUNDS
@@ -132,20 +134,37 @@ def test_short_runs_are_called_until_a_turn_is_over(monkeypatch):
 
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     case = Case("", {"run": run})
-    assert benchmark.interleave(case, 3, lambda: None) == {"run": [pytest.approx(0.0005)] * 3}
+    turns = benchmark.interleave(case, 3, lambda: None)["run"]
+    assert [turn.seconds for turn in turns] == [pytest.approx(0.0005)] * 3
     assert len(calls) == benchmark.WARMUP_ROUNDS + 4 * 3
+
+
+@pytest.mark.skipif(benchmark.resource is None, reason="the system does not count page faults")
+def test_page_faults_are_those_of_a_call():
+    held = mmap.mmap(-1, 100 * mmap.PAGESIZE)
+
+    def touch():
+        held.madvise(mmap.MADV_DONTNEED)
+        held[:] = bytes(len(held))
+
+    turns = benchmark.interleave(Case("", {"touch": touch, "rest": lambda: None}), 3, lambda: None)
+    assert all(100 <= turn.page_faults < 200 for turn in turns["touch"])
+    assert all(turn.page_faults < 20 for turn in turns["rest"])
 
 
 def test_a_summary_holds_medians_and_both_ratios():
     times = {"a": [0.002, 0.003, 0.012], "b": [0.001, 0.002, 0.004], "c": [0.001] * 3}
+    turns = {name: [benchmark.Turn(s, 7 * i) for i, s in enumerate(taken)] for name, taken in times.items()}
     runs = dict.fromkeys(times, int)
-    found = benchmark.summarize(Case("", runs), times)
-    assert found["runs"] == {name: {"median_ms": pytest.approx(ms)} for name, ms in (("a", 3), ("b", 2), ("c", 1))}
+    found = benchmark.summarize(Case("", runs), turns)
+    assert found["runs"] == {
+        name: {"median_ms": pytest.approx(ms), "page_faults": 7} for name, ms in (("a", 3), ("b", 2), ("c", 1))
+    }
     assert found["comparisons"] == [
         {"run": "a", "beside": "b", "ratio_of_medians": pytest.approx(1.5), "median_ratio": pytest.approx(2.0)},
         {"run": "a", "beside": "c", "ratio_of_medians": pytest.approx(3.0), "median_ratio": pytest.approx(3.0)},
     ]
-    found = benchmark.summarize(Case("", runs, [("b", "c")], "box", {"b": 4, "c": 1}), times)
+    found = benchmark.summarize(Case("", runs, [("b", "c")], "box", {"b": 4, "c": 1}), turns)
     (comparison,) = found["comparisons"]
     assert (comparison["run"], comparison["beside"]) == ("b", "c")
     assert [run.get("ns_per_box") for run in found["runs"].values()] == [None, pytest.approx(5e5), pytest.approx(1e6)]
