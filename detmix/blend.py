@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detmix.fields import like
-from detmix.kernels import Blend, write
+from detmix.kernels import Blend, write, write_in_place
 
 
 def blend_images(
@@ -115,7 +115,7 @@ def blend_batch(
         pool: Where the partners come from, if not from the batch: a tensor ``(M, ...)``, or a sequence of M images that
             are no larger than the batch's.
         fill: The value of a pixel that a smaller image of the pool does not cover; see `blend_images`.
-        inplace: Write into ``images``. Beside it, one entry is copied at a time.
+        inplace: Write into ``images``. Beside it, no more than one entry is copied at a time.
         out: Where to write the blends, ``(B, ...)``: memory of the caller's, apart from what is blended, for a loop
             that uses it again and again. Fresh memory costs more than the arithmetic.
 
@@ -145,12 +145,7 @@ def blend_batch(
         return like(blended, images) if out is None else out.copy_(blended)
     target = entries if inplace else torch.empty_like(entries) if out is None else out.as_subclass(Tensor)
     if inplace and pool is None:
-        copied, copy = -1, entries
-        for i, is_read_later in _order(partners):
-            second = copy if partners[i] == copied else entries[partners[i]]
-            if is_read_later:
-                copied, copy = i, entries[i].clone()
-            write([Blend(entries[i], entries[i], second, lams[i])], levels)
+        write_in_place(entries, [(i, partners[i], lams[i], is_read) for i, is_read in _order(partners)], levels)
     else:
         mixed = [(i, seconds[j].as_subclass(Tensor)) for i, j in enumerate(partners) if j >= 0]
         if inplace:  # what is read must outlast what is written

@@ -15,6 +15,8 @@ from torch import Tensor
 Layout = Literal["flat", "channels first", "channels last"]
 """How entries of one memory order are a stack of planes of rows: one row, a plane a channel, or one of pixels."""
 Window = tuple[slice, slice]
+BLOCK_BYTES = 2**18
+"""Of each entry of a batch that is mixed in place: three of them fit into the second cache of most processors."""
 
 
 class Blend(NamedTuple):
@@ -49,6 +51,35 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
     level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
     for blend in blends:
         _write_by_torch(blend, level)
+
+
+def write_in_place(entries: Tensor, steps: Sequence[tuple[int, int, float, bool]], levels: Sequence[float]) -> None:
+    """Overwrite entries of a batch with their blends, one after the other.
+
+    Floats of the host are done in blocks, all entries of one before the next: an entry that has just been written is
+    often the next one to be read, and is in the cache still.
+
+    Args:
+        entries: A batch ``(B, ...)``.
+        steps: Of each blend the index of the entry, that of its partner, the entry's share, and whether a later step
+            reads what it was before.
+        levels: See `write`.
+    """
+    dense = entries if entries.is_contiguous() or entries.ndim < 3 else entries.movedim(1, -1)
+    is_blocked = entries.is_cpu and entries.is_floating_point() and dense.is_contiguous() and not _is_tracked(entries)
+    blocks = dense.flatten(1).split(BLOCK_BYTES // entries.element_size(), 1) if is_blocked else [entries]
+    for block in blocks:
+        # Autograd does not let parts of one unbind be written.
+        parts = block.unbind() if is_blocked else [block[i] for i in range(len(block))]
+        copied, copy = -1, block
+        for i, j, lam, is_read_later in steps:
+            second = copy if j == copied else parts[j]
+            if is_read_later:
+                copied, copy = i, parts[i].clone()
+            if is_blocked:
+                _lerp_into(parts[i], parts[i], second, lam)
+            else:
+                write([Blend(parts[i], parts[i], second, lam)], levels)
 
 
 def _find_routine(out: Tensor) -> Callable[[Sequence[Blend], Sequence[Any], Sequence[float]], None] | None:
@@ -136,18 +167,26 @@ def _write_by_torch(blend: Blend, level: Tensor) -> None:
 
 
 def _lerp(out: Tensor, first: Tensor, second: Tensor, share: float) -> None:
-    # torch's lerp is exact at 0 and 1, rounds half precision once, and is symmetric in its ends but in their middle.
-    is_middle = share == 0.5 and out.dtype.itemsize > 2
     if not out.is_floating_point():
         # float32 holds every level of 8 and 16 bits exactly.
         dtype = torch.float64 if torch.iinfo(out.dtype).bits > 16 else torch.float32
         out.copy_(torch.lerp(first.to(dtype), second.to(dtype), 1 - share).round_())
     elif _is_tracked(out, first, second):
-        out.copy_((first + second) * 0.5 if is_middle else torch.lerp(first, second, 1 - share))
-    elif is_middle:
+        out.copy_((first + second) * 0.5 if _is_mean(share, out) else torch.lerp(first, second, 1 - share))
+    else:
+        _lerp_into(out, first, second, share)
+
+
+def _lerp_into(out: Tensor, first: Tensor, second: Tensor, share: float) -> None:
+    if _is_mean(share, out):
         torch.add(first, second, out=out).mul_(0.5)
     else:
         torch.lerp(first, second, 1 - share, out=out)
+
+
+def _is_mean(share: float, out: Tensor) -> bool:
+    # torch's lerp is exact at 0 and 1, rounds half precision once, and is symmetric in its ends but in their middle.
+    return share == 0.5 and out.dtype.itemsize > 2
 
 
 def _write_by_opencv(blends: Sequence[Blend], layouts: Sequence[Layout], levels: Sequence[float]) -> None:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
+from detmix import kernels
 from detmix.blend import blend_batch, blend_each, blend_images
 from tests.conftest import DEVICES, without_waiting
 
@@ -202,12 +203,22 @@ def test_a_batch_is_blended_entry_by_entry_in_place_or_not(device, plan, dtype, 
         assert torch.equal(images, kept)
 
 
-def test_in_place_copies_one_entry_at_a_time(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_in_place_copies_one_entry_of_each_circle(dtype, monkeypatch):
     clone, copies = torch.Tensor.clone, []
-    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **k: copies.append(self.shape) or clone(self, **k))
-    batch = torch.rand(6, 3, 2, 2)
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **k: copies.append(self.numel()) or clone(self, **k))
+    batch = random_image((6, 3, 2, 2), dtype)
     blend_batch(batch, [1, 2, 0, 4, 5, 0], [0.5] * 6, inplace=True)  # a circle of three, and a chain that ends in it
-    assert copies == [(3, 2, 2)]
+    assert copies == [12]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last, "strided"])
+def test_in_place_batches_of_several_blocks_are_those_blended_elsewhere(layout, monkeypatch):
+    monkeypatch.setattr(kernels, "BLOCK_BYTES", 4 * 50)
+    images = random_image((4, 3, 80, 80), torch.float32)
+    images = images.mT if layout == "strided" else images.contiguous(memory_format=layout)
+    wanted = blend_batch(images, [1, 3, 0, 0], [0.25, 0.5, 0.75, 0.125])
+    assert torch.equal(blend_batch(images, [1, 3, 0, 0], [0.25, 0.5, 0.75, 0.125], inplace=True), wanted)
 
 
 def test_entries_of_any_modality_blend():
