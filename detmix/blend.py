@@ -45,6 +45,8 @@ def blend_images(
                  [ 8,  0]]], dtype=torch.uint8)
     """
     blend, levels = _prepare(first, second, lam, fill, out)
+    if out is not None:
+        _check_is_apart([out], [first, second])
     write([blend], levels)
     return like(blend.out, first) if out is None else out
 
@@ -83,6 +85,8 @@ def blend_each(
         _prepare(first, first if second is None else second, lam, fill, None if outs is None else outs[i])
         for i, (first, second, lam) in enumerate(zip(firsts, seconds, lams, strict=True))
     ]
+    if outs is not None:
+        _check_is_apart(outs, [*firsts, *(second for second in seconds if second is not None)])
     groups: defaultdict[Any, list[Blend]] = defaultdict(list)
     for (blend, levels), second in zip(prepared, seconds, strict=True):
         if second is None:
@@ -138,7 +142,8 @@ def blend_batch(
     if out is not None:
         if inplace:
             raise ValueError("out must be None if the blends are written into images, inplace=True.")
-        _check_out(out, entries, entries.shape, [entries, *([pool] if isinstance(pool, Tensor) else pool or [])])
+        _check_out(out, entries, entries.shape)
+        _check_is_apart([out], [entries, *([pool] if isinstance(pool, Tensor) else pool or [])])
     levels = _check_levels(fill, entries[0]) if entries.ndim == 4 and len(entries) else (0.0,)
     if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
         blended = _blend_at_once(entries, partners, lams, seconds)
@@ -185,7 +190,7 @@ def _prepare(
     shape = (one.shape[0], *canvas_size(one, other))
     if out is None:
         return Blend(_make_canvas(one, shape), one, other, lam), levels
-    _check_out(out, one, shape, [one, other])
+    _check_out(out, one, shape)
     return Blend(out.as_subclass(Tensor), one, other, lam), levels
 
 
@@ -286,7 +291,7 @@ def _check_values(values: tuple[float, ...], dtype: torch.dtype, channels: int) 
     return values
 
 
-def _check_out(out: Tensor, template: Tensor, shape: Sequence[int], read: Sequence[Tensor]) -> None:
+def _check_out(out: Tensor, template: Tensor, shape: Sequence[int]) -> None:
     for what, given, expected in (
         ("shape", tuple(out.shape), tuple(shape)),
         ("dtype", out.dtype, template.dtype),
@@ -294,7 +299,10 @@ def _check_out(out: Tensor, template: Tensor, shape: Sequence[int], read: Sequen
     ):
         if given != expected:
             raise ValueError(f"out must have the blend's {what}, {expected}, but has {given}.")
-    if any(_share_memory(out, tensor) for tensor in read):
+
+
+def _check_is_apart(outs: Sequence[Tensor], read: Sequence[Tensor]) -> None:
+    if any(_share_memory(out, tensor) for out in outs for tensor in read):
         raise ValueError("out must not share memory with what is blended; inplace=True writes into the batch itself.")
 
 

@@ -331,6 +331,8 @@ def test_an_out_within_the_memory_of_the_images_is_named():
         blend_batch(memory.view(-1)[:3], [1, 0, 2], [0.5] * 3, out=memory.view(-1)[2:5])
     with pytest.raises(ValueError, match="out must not share memory"):
         blend_images(memory[0], memory[1], 0.5, out=memory[1])
+    with pytest.raises(ValueError, match="out must not share memory"):
+        blend_each(memory[1:4], [memory[4]] * 3, [0.5] * 3, outs=memory[:3])  # each apart from its own images
     assert torch.equal(memory, kept)
     blend_batch(memory[:2], [1, 0], [0.5, 0.5], out=memory[2:4])  # beside them is apart from them
     assert torch.equal(memory[[0, 1, 4]], kept[[0, 1, 4]])

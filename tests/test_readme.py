@@ -29,7 +29,9 @@ def names(tmp_path, monkeypatch):
     samples = [make_sample(i % 3, (40 + i, 50), seed=i) for i in range(4)]
     images = [image.float() / 255 for image, _ in samples]
     targets = [target for _, target in samples]
-    return {"images": images, "targets": targets, "dataset": samples, "detr": tiny_detr(), "detmix": detmix}
+    resized = [make_sample(i, (40, 50), seed=i) for i in range(4)]
+    given = {"images": images, "targets": targets, "dataset": samples, "resized": resized}
+    return given | {"detr": tiny_detr(), "detmix": detmix}
 
 
 def tiny_detr():
@@ -54,6 +56,10 @@ def test_the_examples_run(number, names):
         assert_mixed_before_and_after_normalisation_alike(names)
     if "again" in names:
         assert_same(names["again"], names["mixed_images"])
+    if "batches" in names:
+        for batch, mixed in names["batches"]:
+            assert batch.shape == (2, 3, 40, 50)
+            assert all("weights" in target for target in mixed)
     if "crop" in names:
         assert len(names["target"]["weights"]) == len(names["target"]["boxes"])
 

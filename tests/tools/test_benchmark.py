@@ -197,7 +197,7 @@ def test_a_case_is_skipped_without_its_package(package, section, monkeypatch, ca
 def test_root_is_what_loader_reads(monkeypatch, capsys, tmp_path):
     root = draw_shapes(tmp_path / "shapes", num_train=3, num_val=1)
     command(monkeypatch, f"loader --rounds 1 --root {root}")
-    assert capsys.readouterr().out.count("3 images of shapes, batches of 3") == 2
+    assert capsys.readouterr().out.count("3 images of shapes, batches of 3") == 4
 
 
 @pytest.mark.parametrize("fails", [False, True])

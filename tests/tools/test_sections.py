@@ -11,6 +11,7 @@ from sections import batch, growth, inputs, loader, mix, step
 
 import detmix
 from detmix import functional
+from detmix.datasets import coco
 from detmix.datasets.shapes import draw_shapes
 from tests.conftest import DEVICES, assert_same
 from tests.tools.tiny import SIZES
@@ -250,6 +251,14 @@ def test_workers_write_into_shared_memory(name, build, monkeypatch):
         monkeypatch.setattr(loader, "get_worker_info", lambda worker=worker: worker)
         images, _ = loaded.collate_fn(samples)
         assert images.is_shared() == (worker is not None)
+
+
+def test_pillow_reads_the_same_pixels_where_it_is_to(build, monkeypatch):
+    calls, decode = [], coco.decode_jpeg
+    monkeypatch.setattr(coco, "decode_jpeg", lambda *args: calls.append(0) or decode(*args))
+    ours, pillows = (batches_of(build(loader, name).runs["no mixing"]) for name in ("0 workers", "0 workers Pillow"))
+    assert_same(pillows, ours)
+    assert len(calls) == 6
 
 
 def test_a_pass_takes_every_batch_and_starts_anew(build):

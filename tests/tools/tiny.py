@@ -47,7 +47,7 @@ SIZES = {
         "list uint8": LIST,
         "targets": {"count": 3},
     },
-    "loader": {"0 workers": FOLDER, "2 workers": FOLDER},
+    "loader": dict.fromkeys(("0 workers", "2 workers", "0 workers Pillow", "2 workers Pillow"), FOLDER),
     "losses": {
         "RetinaNet": LOSS,
         "FCOS": LOSS,
