@@ -40,13 +40,12 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
     out = blends[0].out
     routine = _find_routine(out)
     if routine is not None and not any(_is_tracked(*blend[:3]) for blend in blends):
-        layouts = [_layout(blend, levels) for blend in blends]
-        if None in layouts:
-            blends = [blend if layout else _reorder(blend) for blend, layout in zip(blends, layouts, strict=True)]
-            layouts = [_layout(blend, levels) for blend in blends]
-        if None not in layouts:
-            routine(blends, layouts, levels)
+        found = [(blend, layout) for blend in blends if (layout := _layout(blend, levels))]
+        if found:
+            routine([blend for blend, _ in found], [layout for _, layout in found], levels)
+        if len(found) == len(blends):
             return
+        blends = [blend for blend in blends if not _layout(blend, levels) and not _write_reordered(blend, levels)]
     # Made on the device: a tensor of the host's would have to be copied there.
     level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
     for blend in blends:
@@ -125,16 +124,21 @@ def _layout(blend: Blend, levels: Sequence[float]) -> Layout | None:
     return "channels last" if len(levels) == 1 and strides == {(1, out.shape[0])} else None
 
 
-def _reorder(blend: Blend) -> Blend:
-    """The same with images whose dimensions lie in memory in the order that those of out do, if those are planes."""
-    if _layout(Blend(blend.out, blend.out, blend.out, blend.lam), [0]) is None:
-        return blend
-    order = sorted(range(blend.out.ndim), key=blend.out.stride, reverse=True)
-    first, second = (
-        torch.empty_permuted(image.shape, order, dtype=image.dtype, device=image.device).copy_(image)
-        for image in (blend.first, blend.second)
-    )
-    return Blend(blend.out, first, second, blend.lam)
+def _write_reordered(blend: Blend, levels: Sequence[float]) -> bool:
+    """Write a blend in the memory order of its first image, and then in that of out; whether that helps."""
+    out, first, second, lam = blend
+    if _layout(Blend(first, first, first, lam), levels) is None:
+        return False
+    order = sorted(range(out.ndim), key=first.stride, reverse=True)
+    like: dict[str, Any] = {"dtype": out.dtype, "device": out.device}
+    if second.shape != first.shape or second.stride() != first.stride():
+        second = torch.empty_permuted(second.shape, order, **like).copy_(second)
+    ordered = Blend(torch.empty_permuted(out.shape, order, **like), first, second, lam)
+    if _layout(ordered, levels) is None:
+        return False
+    write([ordered], levels)
+    out.copy_(ordered.out)
+    return True
 
 
 def _windows(out: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[Window, list[bool]]]:

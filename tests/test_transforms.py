@@ -449,3 +449,44 @@ def test_a_batch_that_does_not_fit_together_is_named_even_if_nothing_is_mixed():
 
 def test_images_of_tv_tensors_stay_so():
     assert all(isinstance(image, tv_tensors.Image) for image in MixUp()(*batch())[0])
+
+
+@pytest.mark.parametrize("is_list", [False, True])
+@pytest.mark.parametrize("options", [{}, {"p": 0.5}, {"scale": (0.5, 1.5)}])
+def test_a_mix_is_written_into_memory_of_the_callers(is_list, options):
+    images, targets = batch(sizes=[(12, 16)] * 5)
+    images = images if is_list else torch.stack(images)
+    mixup = MixUp(fill=3, **options)
+    params, out = plan(mixup, 5), torch.empty(5, 3, 12, 16, dtype=torch.uint8)
+    wanted, wanted_targets = mixup(images, targets, params)
+    mixed, mixed_targets = mixup(images, targets, params, out=out)
+    assert mixed is out
+    assert all(torch.equal(one, other) for one, other in zip(out, wanted, strict=True))
+    assert_same(mixed_targets, wanted_targets)
+
+
+def test_soft_labels_come_with_a_batch_in_memory_of_the_callers():
+    images, out = torch.rand(4, 3, 5, 5), torch.empty(4, 3, 5, 5)
+    mixup, labels = MixUp(num_classes=3), torch.arange(4) % 3
+    params = plan(mixup, 4)
+    wanted, soft = mixup(images, labels, params)
+    mixed, mixed_soft = mixup(images, labels, params, out=out)
+    assert mixed is out
+    assert_same((mixed, mixed_soft), (wanted, soft))
+
+
+@pytest.mark.parametrize(
+    ("images", "out", "message"),
+    [
+        ([(4, 6), (5, 5)], (2, 3, 5, 5), r"out must have the blend's shape, \(3, 5, 6\), but has \(3, 5, 5\)"),
+        ([(4, 6), (5, 5)], (3, 3, 5, 6), r"out must hold 2 images, as many as are mixed, but its shape is \(3, 3,"),
+        ([(5, 6), (5, 6)], (2, 3, 5, 5), r"out must have the blend's shape, \(3, 5, 6\), but has \(3, 5, 5\)"),
+    ],
+)
+def test_memory_that_a_list_does_not_fit_is_named(images, out, message):
+    images, out = [torch.rand(3, *size) for size in images], torch.zeros(out)
+    with pytest.raises(ValueError, match=message):
+        MixUp()(images, [{"boxes": torch.zeros(0, 4)}] * 2, out=out)
+    assert not out.any()
+    with pytest.raises(TypeError, match="out must be a batch tensor, but it is a list"):
+        MixUp()(images, [{"boxes": torch.zeros(0, 4)}] * 2, out=list(out))
