@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from detmix.fields import like
-from detmix.kernels import Blend, write, write_in_place
+from detmix.kernels import Blend, copy_pixels, write, write_in_place
 
 
 def blend_images(
@@ -90,7 +90,7 @@ def blend_each(
     groups: defaultdict[Any, list[Blend]] = defaultdict(list)
     for (blend, levels), second in zip(prepared, seconds, strict=True):
         if second is None:
-            blend.out.copy_(blend.first)
+            copy_pixels(blend.first, blend.out)
         else:
             groups[blend.out.dtype, blend.out.device, levels].append(blend)
     for (_, _, levels), blends in groups.items():
@@ -154,7 +154,9 @@ def blend_batch(
     else:
         mixed = [(i, seconds[j].as_subclass(Tensor)) for i, j in enumerate(partners) if j >= 0]
         if inplace:  # what is read must outlast what is written
-            mixed = [(i, second.clone() if _share_memory(second, entries) else second) for i, second in mixed]
+            mixed = [
+                (i, second.clone() if _is_overlap(_memory(second), _memory(entries)) else second) for i, second in mixed
+            ]
         write([Blend(target[i], entries[i], second, lams[i]) for i, second in mixed], levels)
     if not inplace:
         for i, j in enumerate(partners):
@@ -302,20 +304,21 @@ def _check_out(out: Tensor, template: Tensor, shape: Sequence[int]) -> None:
 
 
 def _check_is_apart(outs: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    if any(_share_memory(out, tensor) for out in outs for tensor in read):
+    extents = [_memory(tensor) for tensor in {id(tensor): tensor for tensor in read}.values()]
+    if any(_is_overlap(out, extent) for out in map(_memory, outs) for extent in extents):
         raise ValueError("out must not share memory with what is blended; inplace=True writes into the batch itself.")
 
 
-def _share_memory(one: Tensor, other: Tensor) -> bool:
-    (begin, end), (low, high) = _memory(one), _memory(other)
-    return low < end and begin < high
+def _is_overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    return one[0] < other[1] and other[0] < one[1]
 
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     """The addresses that a tensor begins and ends at."""
-    extent = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return start, start + (extent + 1) * tensor.element_size() if tensor.numel() else start
+    plain = tensor.as_subclass(Tensor)  # whose attributes `tv_tensors` take much longer to tell
+    extent = sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
+    start = plain.data_ptr()
+    return start, start + (extent + 1) * plain.element_size() if plain.numel() else start
 
 
 def _make_canvas(image: Tensor, shape: tuple[int, ...]) -> Tensor:

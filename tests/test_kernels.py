@@ -1,3 +1,4 @@
+import itertools
 import sys
 import warnings
 from unittest import mock
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detmix import kernels
-from detmix.kernels import Blend, write
+from detmix.kernels import Blend, copy_pixels, write
 from tests.conftest import DEVICES, without_waiting
 
 SIZES = [(5, 7), (6, 4), (3, 8), (6, 9), (1, 1), (16, 32), (0, 0), (5, 0)]
@@ -109,6 +110,26 @@ def test_entries_of_any_shape_are_blended(shape, dtype):
     out, first, second = (make_image(shape, dtype, seed) for seed in range(3))
     write([Blend(out, first, second, 0.25)], [0])
     torch.testing.assert_close(out.double(), 0.25 * first.double() + 0.75 * second.double(), atol=0.51, rtol=0)
+
+
+@pytest.mark.parametrize("orders", [*itertools.product(ORDERS, ORDERS)])
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 4, 6), (3, 1, 1), (3, 0, 2), (5, 4, 3)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_pixels_are_copied_between_memory_orders(orders, shape, dtype):
+    image = make_image(shape, dtype, 0, orders[0])
+    memory = make_image((shape[0], shape[1] + 2, shape[2] + 2), dtype, 1, orders[1])
+    kept, out = memory.clone(), memory[:, 1:-1, 1:-1]
+    copy_pixels(image, out)
+    assert torch.equal(out, image)
+    out.copy_(kept[:, 1:-1, 1:-1])
+    assert torch.equal(memory, kept)
+
+
+def test_bytes_of_pixels_are_split_into_planes_by_opencv(monkeypatch):
+    monkeypatch.setattr(cv2, "split", mock.Mock(wraps=cv2.split))
+    blend = make_blend(((5, 7), (6, 4)), 0.3, orders=[ORDERS[0], ORDERS[1], ORDERS[1]])
+    write([blend], [7])
+    assert cv2.split.call_count == 1
 
 
 def test_nothing_to_write_is_nothing():

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from detmix.datasets.coco_file import LISTED, CocoFile, Floats, Ints, Record
+from detmix.kernels import copy_pixels
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -267,14 +268,19 @@ def _read_rgb(path: Path) -> Tensor:
     data = np.fromfile(path, np.uint8)
     if decode_jpeg is not None and data[:3].tobytes() == JPEG:
         try:
-            pixels: Tensor = decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB)
-            return pixels.contiguous()
+            return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
         except (
             RuntimeError
         ):  # a file that is damaged, or a torchvision without libjpeg: Pillow says or does what it can
             pass
     with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
-        return torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1).contiguous()
+        return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
+
+
+def _as_planes(pixels: Tensor) -> Tensor:
+    planes = torch.empty_like(pixels, memory_format=torch.contiguous_format)
+    copy_pixels(pixels, planes)
+    return planes
 
 
 def _as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
