@@ -1,11 +1,14 @@
 """Checks of targets and batches: an error names the target, the key, what came and what was expected."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchvision import tv_tensors
+
+from detmix.fields import entries, plain, size_of
 
 
 def check_target(
@@ -36,36 +39,8 @@ def check_target(
         Traceback (most recent call last):
         ValueError: box 0 of target 0 must be finite, but it is [0.0, 0.0, 4.0, nan].
     """
-    if not isinstance(target, dict):
-        raise TypeError(f"{where} must be a dict with 'boxes', but it is a {type(target).__name__}.")
-    if "boxes" not in target:
-        raise ValueError(f"{where} must hold 'boxes', but it holds {sorted(target)}.")
-    boxes, labels = target["boxes"], target.get("labels")
-    if not isinstance(boxes, Tensor):
-        raise TypeError(f"boxes of {where} must be a tensor, but they are a {type(boxes).__name__}.")
-    if len(boxes) and boxes.ndim != 2:
-        raise ValueError(f"boxes of {where} must have shape (num_boxes, 4), but have {tuple(boxes.shape)}.")
-    if labels is not None and len(labels) != len(boxes):
-        raise ValueError(
-            f"labels of {where} must have one entry for each of the {len(boxes)} boxes, but have {len(labels)}."
-        )
-    owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
-    for key, value in (("boxes", boxes), ("labels", labels)):
-        if isinstance(value, Tensor) and value.device != device:
-            raise ValueError(f"{key} of {where} must be on the device of {owner}, {device}, but are on {value.device}.")
-    if image is not None:
-        _check_sizes(target, (image.shape[-2], image.shape[-1]), where)
-    if boxes.device.type != "cpu" or not len(boxes):
-        return
-    if not math.isfinite(boxes.sum()):  # what is not finite makes the sum so, and one sum is all that most targets cost
-        for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
-            raise ValueError(f"box {row} of {where} must be finite, but it is {boxes[row].tolist()}.")
-    if num_classes is not None and labels is not None and not 1 <= labels.amin() <= labels.amax() < num_classes:
-        for row in ((labels < 1) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
-            raise ValueError(
-                f"label {row} of {where} must be a class from 1 to {num_classes - 1} (0 is background), "
-                f"but it is {labels[row].item()}."
-            )
+    readable = _check_form(target, where, image)
+    _check_values({} if readable is None else {where: readable}, num_classes)
 
 
 def check_batch(
@@ -97,18 +72,75 @@ def check_batch(
         raise ValueError(
             f"images and targets must be of one length, but there are {len(images)} images and {len(targets)} targets."
         )
+    if isinstance(images, Tensor) and len(images):
+        images = [images[0]] * len(images)  # which are all alike, and slow to take apart
+    readable = {}
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        name = f"{where} {i}"
         if not isinstance(image, Tensor):
-            raise TypeError(f"image of {where} {i} must be a tensor (C, H, W), but it is a {type(image).__name__}.")
+            raise TypeError(f"image of {name} must be a tensor (C, H, W), but it is a {type(image).__name__}.")
         if image.ndim != 3:
-            raise ValueError(f"image of {where} {i} must have shape (C, H, W), but has {tuple(image.shape)}.")
-        check_target(target, where=f"{where} {i}", image=image, num_classes=num_classes)
+            raise ValueError(f"image of {name} must have shape (C, H, W), but has {tuple(image.shape)}.")
+        if (values := _check_form(target, name, image)) is not None:
+            readable[name] = values
+    _check_values(readable, num_classes)
 
 
-def _check_sizes(target: dict[str, Any], size: tuple[int, int], where: str) -> None:
+def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
+    """Check all but values, and give the boxes and labels whose values can be looked at without a wait."""
+    if not isinstance(target, dict):
+        raise TypeError(f"{where} must be a dict with 'boxes', but it is a {type(target).__name__}.")
+    if "boxes" not in target:
+        raise ValueError(f"{where} must hold 'boxes', but it holds {sorted(target)}.")
+    boxes, labels = target["boxes"], target.get("labels")
+    if not isinstance(boxes, Tensor):
+        raise TypeError(f"boxes of {where} must be a tensor, but they are a {type(boxes).__name__}.")
+    boxes = plain(boxes)
+    shape = boxes.shape
+    if len(shape) != 2 and shape[:1] != (0,):
+        raise ValueError(f"boxes of {where} must have shape (num_boxes, 4), but have {tuple(shape)}.")
+    if labels is not None and entries(labels) != shape[0]:
+        raise ValueError(
+            f"labels of {where} must have one entry for each of the {shape[0]} boxes, but have {entries(labels)}."
+        )
+    owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
+    if boxes.device != device:
+        raise ValueError(f"boxes of {where} must be on the device of {owner}, {device}, but are on {boxes.device}.")
+    if isinstance(labels, Tensor) and labels.device != device:
+        raise ValueError(f"labels of {where} must be on the device of {owner}, {device}, but are on {labels.device}.")
+    if image is not None:
+        _check_sizes(target, image, where)
+    return (boxes, labels) if boxes.is_cpu and shape[0] else None
+
+
+def _check_sizes(target: dict[str, Any], image: Tensor, where: str) -> None:
     for key, value in target.items():
-        canvas = getattr(value, "canvas_size", size)
+        if type(value) is Tensor and key != "masks":
+            continue
+        canvas = getattr(value, "canvas_size", None)
         if (key == "masks" or isinstance(value, tv_tensors.Mask)) and len(value):
-            canvas = tuple(value.shape[-2:])
-        if tuple(canvas) != size:
-            raise ValueError(f"{key} of {where} are on a canvas of {tuple(canvas)}, but its image is {size}.")
+            canvas = size_of(value)
+        if canvas is not None and tuple(canvas) != size_of(image):
+            raise ValueError(f"{key} of {where} are on a canvas of {tuple(canvas)}, but its image is {size_of(image)}.")
+
+
+def _check_values(readable: Mapping[str, tuple[Tensor, Any]], num_classes: int | None) -> None:
+    if not _are_finite([boxes for boxes, _ in readable.values()]):
+        for name, (boxes, _) in readable.items():
+            for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
+                raise ValueError(f"box {row} of {name} must be finite, but it is {boxes[row].tolist()}.")
+    for name, (_, labels) in readable.items():
+        if num_classes is None or labels is None or 1 <= labels.amin() <= labels.amax() < num_classes:
+            continue
+        for row in ((labels < 1) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
+            raise ValueError(
+                f"label {row} of {name} must be a class from 1 to {num_classes - 1} (0 is background), "
+                f"but it is {labels[row].item()}."
+            )
+
+
+def _are_finite(boxes: list[Tensor]) -> bool:
+    # What is not finite makes the sum so, and one sum is all that most batches cost; a finite one may overflow.
+    if len({rows.shape[1] for rows in boxes}) > 1:  # rotated boxes and upright ones
+        return all(_are_finite([rows]) for rows in boxes)
+    return not boxes or math.isfinite(torch.cat(boxes).sum().item())

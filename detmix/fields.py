@@ -1,6 +1,7 @@
 """What belongs to each box of a target: which keys do, and how their values are joined, chosen and made empty."""
 
-from collections.abc import Collection, Mapping
+import copy
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,15 @@ BOX_KEYS = frozenset(
 )
 """Target keys that hold one entry per box: joined by a mix. Every other key is the first sample's."""
 
+SHARED_BYTES = 2**18
+"""How large a tensor may be that several targets hold parts of: what would be larger is joined for each by itself."""
+
+_JOINABLE = (Tensor, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
+
 
 def is_list(value: Any) -> bool:
-    """Whether a value has entries at all; a number, a string or a tensor without dimensions belongs to the image."""
-    return value.ndim > 0 if isinstance(value, Tensor | np.ndarray) else isinstance(value, list | tuple)
+    """Whether a value has entries at all; what has none belongs to the image."""
+    return entries(value) is not None
 
 
 def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS) -> set[str]:
@@ -46,7 +52,7 @@ def take(value: Any, rows: Tensor) -> Any:
         ['c', 'a']
     """
     if isinstance(value, Tensor):
-        return like(value.as_subclass(Tensor)[rows], value)
+        return like(plain(value)[rows], value)
     if isinstance(value, np.ndarray):
         return value[rows.numpy()]
     return [value[row] for row in rows.tolist()]
@@ -71,6 +77,77 @@ def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None)
     update = {"canvas_size": canvas} if hasattr(template, "canvas_size") and canvas else {}
     wrapped: Tensor = tv_tensors.wrap(value, like=template, **update)
     return wrapped
+
+
+def plain(value: Tensor) -> Tensor:
+    """A tensor of whatever type as a plain one, which tells its attributes several times as fast as `tv_tensors`."""
+    return value if type(value) is Tensor else value.as_subclass(Tensor)
+
+
+def size_of(image: Tensor) -> tuple[int, int]:
+    """``(height, width)`` of an image, or of those of a batch, in pixels."""
+    return image.shape[-2], image.shape[-1]
+
+
+def entries(value: Any) -> int | None:
+    """How many entries a value has; ``None`` for a number, a string or a tensor without dimensions."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        shape = value.shape
+        return shape[0] if shape else None
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def as_alike(key: str, values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Tensor] | None:
+    """The values as plain tensors, if one `torch.cat` joins them all and each has its number of entries; else ``None``.
+
+    Plain tensors can be alike, boxes of one format, and keypoints. Masks are not, as each image has its own canvas.
+    """
+    kind, tensors = type(values[0]), values
+    if key == "masks" or kind not in _JOINABLE or {*map(type, values)} != {kind}:
+        return None
+    if kind is not Tensor:
+        if len({getattr(value, "format", None) for value in values}) > 1:
+            return None
+        tensors = [plain(value) for value in values]
+    first = tensors[0]
+    dtype, device, requires_grad, entry = first.dtype, first.device, first.requires_grad, first.shape[1:]
+    for tensor, number in zip(tensors, numbers, strict=True):
+        if tensor.shape != (number, *entry) or tensor.dtype != dtype or tensor.device != device:
+            return None
+        if tensor.requires_grad != requires_grad:  # or all would
+            return None
+    return None if first.is_sparse else tensors
+
+
+def join_alike(tensors: Sequence[Tensor], samples: Sequence[Sequence[int]], sizes: list[int]) -> Sequence[Tensor]:
+    """Join the tensors of each sample, those of all samples in one operation.
+
+    The results are parts of one tensor then; but not if that had more than `SHARED_BYTES`, which would all be kept and
+    stored along with any of them.
+
+    Args:
+        tensors: Those of a batch, all alike.
+        samples: The places of first and second among them, or of a first alone.
+        sizes: How many entries the result of each sample has.
+
+    Returns:
+        A new tensor for each sample.
+
+    Example:
+        >>> join_alike([torch.tensor([1, 2]), torch.tensor([3])], [[0, 1], [1]], [3, 1])
+        (tensor([1, 2, 3]), tensor([3]))
+    """
+    if sum(sizes) * tensors[0].shape[1:].numel() * tensors[0].itemsize > SHARED_BYTES:
+        return [torch.cat([tensors[place] for place in places]) for places in samples]
+    return split(torch.cat([tensors[place] for places in samples for place in places]), sizes)
+
+
+def split(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+    """Cut a tensor that nobody else holds into tensors ``(size, ...)``, each of which may be changed in place.
+
+    Autograd would not let views be changed that ``split`` makes, and would see the others change with those of slices.
+    """
+    return [joined] if len(sizes) == 1 else torch.unsafe_split_with_sizes(joined, sizes)
 
 
 def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
@@ -102,7 +179,7 @@ def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
             f"{key!r} must be of one type, since a plain tensor does not say its box format, but is {types}."
         )
     parts = [
-        _pad(key, part, canvas) if key == "masks" or isinstance(part, tv_tensors.Mask) else part.as_subclass(Tensor)
+        _pad(key, part, canvas) if key == "masks" or isinstance(part, tv_tensors.Mask) else plain(part)
         for part in (first, second)
     ]
     full = [part for part in parts if len(part)] or parts[:1]
@@ -112,6 +189,11 @@ def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
             f"target and {tuple(full[-1].shape[1:])} in the second."
         )
     return like(torch.cat(full), template, canvas)
+
+
+def copied(value: Any) -> Any:
+    """A per-box value of its own: its entries are copied too, if it is a tensor or an array."""
+    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _convert(key: str, first: Any, second: Any) -> Any:
@@ -124,13 +206,17 @@ def _convert(key: str, first: Any, second: Any) -> Any:
             f"first and {second.format.value} in the second."
         )
     # Whole numbers would lose half a pixel where corners become a centre.
-    second = tv_tensors.wrap(second.as_subclass(Tensor).to(torch.promote_types(first.dtype, second.dtype)), like=second)
+    second = tv_tensors.wrap(plain(second).to(torch.promote_types(first.dtype, second.dtype)), like=second)
     return TF.convert_bounding_box_format(second, new_format=first.format)
 
 
 def _pad(key: str, masks: Tensor, canvas: tuple[int, int]) -> Tensor:
+    if masks.ndim < 3 and not len(masks):  # torch.tensor([])
+        return plain(masks)
     height, width = masks.shape[-2:]
     if height > canvas[0] or width > canvas[1]:
         raise ValueError(f"{key!r} must fit on the canvas of {canvas}, but is of size {(height, width)}.")
-    padded: Tensor = F.pad(masks.as_subclass(Tensor), (0, canvas[1] - width, 0, canvas[0] - height))
+    if (height, width) == canvas:
+        return plain(masks)
+    padded: Tensor = F.pad(plain(masks), (0, canvas[1] - width, 0, canvas[0] - height))
     return padded

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detmix.blend import blend_batch, blend_images, canvas_size
+from detmix.blend import blend_batch, blend_each, blend_images, canvas_size
 from detmix.checks import check_batch, check_target
-from detmix.fields import BOX_KEYS
+from detmix.fields import BOX_KEYS, size_of
+from detmix.merging import Target, merge_batch
 from detmix.placement import Placement, place
-from detmix.targets import Target, annotated, box_fields, merge_targets, unmixed_target
+from detmix.targets import annotated, box_fields, merge_targets, unmixed_target
 
 __all__ = [
     "BOX_KEYS",
@@ -129,6 +130,7 @@ def mixup_batch(
     fill: float | Sequence[float] = 0.0,
     box_keys: Collection[str] = BOX_KEYS,
     inplace: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | list[Tensor], list[Target]]:
     """Mix a batch by a plan: the same plan on the same batch gives the same mix, bit for bit.
 
@@ -142,14 +144,17 @@ def mixup_batch(
         fill: See `blend_images`.
         box_keys: See `merge_targets`.
         inplace: Write the mix into ``images``, a batch tensor. The targets are new all the same.
+        out: Where to write the mix, ``(B, C, H, W)``: memory of the caller's, apart from that of the images. Mixes of a
+            sequence must be of its size, then.
 
     Returns:
-        Images, a tensor for a tensor and a list for a sequence, and new targets, each with what `merge_targets` writes
-        and ``partner`` and ``placement``.
+        Images, a tensor for a tensor and a list for a sequence, ``out`` if given, and new targets, each with what
+        `merge_targets` writes and ``partner`` and ``placement``. Tensors of one key may lie in one storage, of at most
+        256 KiB, which is stored as a whole with any of them: `torch.save` a ``clone()`` where that is too much.
 
     Raises:
         ValueError: if anything does not go together; ``images`` is untouched then, ``inplace`` or not.
-        TypeError: if ``inplace`` is asked for and the images are no batch tensor.
+        TypeError: if ``inplace`` is asked for and the images are no batch tensor, or ``out`` is none.
 
     Example:
         >>> target = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 2.0]]), "labels": torch.tensor([1])}
@@ -160,42 +165,60 @@ def mixup_batch(
     """
     if inplace and not isinstance(images, Tensor):
         raise TypeError(f"inplace needs one batch tensor, but images is a {type(images).__name__}.")
-    samples = _checked(images, targets, "target")
+    if out is not None and not isinstance(out, Tensor):
+        raise TypeError(f"out must be a batch tensor, but it is a {type(out).__name__}.")
+    if out is not None and len(out) != len(images):
+        raise ValueError(
+            f"out must hold {len(images)} images, as many as are mixed, but its shape is {tuple(out.shape)}."
+        )
+    # A batch tensor that is blended as a whole stands for each of its images: they need not be taken apart.
+    is_whole = isinstance(images, Tensor) and not any(mix.placement for mix in plan)
+    samples = _checked(images, targets, "target", is_whole)
     if len(plan) != len(images):
         raise ValueError(f"plan must say what is done to each of {len(images)} images, but has {len(plan)} entries.")
-    others = samples if pool is None else _checked(*pool, "target of the pool,")
+    others = samples if pool is None else _checked(*pool, "target of the pool,", is_whole)
     for i, mix in enumerate(plan):
         if not -1 <= mix.partner < len(others):
             raise ValueError(f"partner {i} must be -1 or below the {len(others)} there are, but it is {mix.partner}.")
     seconds = [
         None if mix.partner < 0 else _placed(image, others[mix.partner], mix.placement, fill, box_keys)
-        for image, mix in zip(images, plan, strict=True)
+        for (image, _), mix in zip(samples, plan, strict=True)
     ]
-    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
-    merged = [
-        (
-            unmixed_target(first[1], canvas_size(first[0], first[0]), **options)
-            if second is None
-            else merge_targets(
-                first[1], second[1], mix.lam, canvas_size(first[0], second[0]), shares=mix.shares, **options
-            )
-        )
-        | {"placement": mix.placement, "partner": mix.partner}
-        for first, second, mix in zip(samples, seconds, plan, strict=True)
-    ]
+    everyone, sides = [target for _, target in samples], []
+    for i, (mix, second) in enumerate(zip(plan, seconds, strict=True)):
+        if second is None:
+            sides.append([i])
+        elif pool is None and mix.placement is None:
+            sides.append([i, mix.partner])
+        else:
+            sides.append([i, len(everyone)])
+            everyone.append(second[1])
+    if isinstance(images, Tensor):
+        canvases = [size_of(images)] * len(images)
+    else:
+        canvases = [
+            canvas_size(image, image if second is None else second[0])
+            for (image, _), second in zip(samples, seconds, strict=True)
+        ]
+    lams = [1.0 if mix.partner < 0 else mix.lam for mix in plan]
+    shares = [(1.0, 0.0) if mix.partner < 0 else mix.shares for mix in plan]
+    merged = merge_batch(everyone, sides, lams, shares, canvases, min_weight=min_weight, box_keys=box_keys)
+    for target, mix in zip(merged, plan, strict=True):
+        target["placement"], target["partner"] = mix.placement, mix.partner
     if isinstance(images, Tensor):
         partners, pool_images = [mix.partner for mix in plan], None if pool is None else pool[0]
-        if any(mix.placement for mix in plan):
+        if not is_whole:
             partners = [-1 if second is None else i for i, second in enumerate(seconds)]
             pool_images = [
                 image if second is None else second[0] for image, second in zip(images, seconds, strict=True)
             ]
         lams = [mix.lam for mix in plan]
-        return blend_batch(images, partners, lams, pool=pool_images, fill=fill, inplace=inplace), merged
-    return [
-        image.clone() if second is None else blend_images(image, second[0], mix.lam, fill=fill)
-        for image, second, mix in zip(images, seconds, plan, strict=True)
-    ], merged
+        memory: dict[str, Any] = {"inplace": inplace, "out": out}
+        return blend_batch(images, partners, lams, pool=pool_images, fill=fill, **memory), merged
+    others_images = [None if second is None else second[0] for second in seconds]
+    outs = None if out is None else list(out)
+    blends = blend_each(images, others_images, [mix.lam for mix in plan], fill=fill, outs=outs)
+    return blends if out is None else out, merged
 
 
 def mix_labels(
@@ -248,15 +271,16 @@ def unmixed(sample: Sample, *, min_weight: float = 0.0, box_keys: Collection[str
         (tensor([1.]), tensor([0]), 1.0)
     """
     image, target = sample
-    copy = unmixed_target(target, canvas_size(image, image), min_weight=min_weight, box_keys=box_keys)
+    copy = unmixed_target(target, size_of(image), min_weight=min_weight, box_keys=box_keys)
     return image.clone(), copy | {"placement": None}
 
 
-def _checked(images: Tensor | Sequence[Tensor], targets: Sequence[Target], where: str) -> list[Sample]:
-    if len(images) == len(targets):
-        targets = [annotated(image, target) for image, target in zip(images, targets, strict=True)]
+def _checked(images: Tensor | Sequence[Tensor], targets: Sequence[Target], where: str, is_whole: bool) -> list[Sample]:
+    singles = [images] * len(images) if isinstance(images, Tensor) and is_whole else list(images)
+    if len(singles) == len(targets):
+        targets = [annotated(image, target) for image, target in zip(singles, targets, strict=True)]
     check_batch(images, targets, where=where)
-    return list(zip(images, targets, strict=True))
+    return list(zip(singles, targets, strict=True))
 
 
 def _placed(
@@ -268,7 +292,7 @@ def _placed(
 ) -> Sample:
     if placement is None:
         return second
-    return place(*second, canvas_size(image, image), placement, fill=fill, box_keys=box_keys)
+    return place(*second, size_of(image), placement, fill=fill, box_keys=box_keys)
 
 
 def _one_hot(labels: Tensor, num_classes: int | None, name: str) -> Tensor:

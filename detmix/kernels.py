@@ -85,7 +85,7 @@ def write_in_place(entries: Tensor, steps: Sequence[tuple[int, int, float, bool]
     """
     dense = entries if entries.is_contiguous() or entries.ndim < 3 else entries.movedim(1, -1)
     is_blocked = entries.is_cpu and entries.is_floating_point() and dense.is_contiguous() and not _is_tracked(entries)
-    blocks = dense.flatten(1).split(BLOCK_BYTES // entries.element_size(), 1) if is_blocked else [entries]
+    blocks = torch.split(dense.flatten(1), BLOCK_BYTES // entries.element_size(), 1) if is_blocked else [entries]
     for block in blocks:
         # Autograd does not let parts of one unbind be written.
         parts = block.unbind() if is_blocked else [block[i] for i in range(len(block))]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, take
+from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
 
 
 class Placement(NamedTuple):
@@ -66,7 +66,7 @@ def place(
         >>> image[0, 0], target["boxes"]
         (tensor([0., 0., 0., 0., 1., 1., 1., 1.]), tensor([[4., 0., 8., 4.]]))
     """
-    size = (image.shape[-2], image.shape[-1])
+    size = size_of(image)
     fit = placement.scale * min(canvas[0] / size[0], canvas[1] / size[1])
     scaled = [max(1, round(side * fit)) for side in size]
     top, left = (

@@ -1,16 +1,14 @@
 """Join the targets of two images: what belongs to each box is kept, and weighted by the share of its image."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detmix.blend import check_lam
-from detmix.fields import BOX_KEYS, is_list, join, keys_per_box, take
-
-Target = dict[str, Any]
+from detmix.fields import BOX_KEYS, is_list, keys_per_box, size_of
+from detmix.merging import Target, merge_batch
 
 
 def merge_targets(
@@ -58,40 +56,17 @@ def merge_targets(
         >>> merged["labels"], merged["weights"], merged["source"]
         (tensor([1, 2]), tensor([0.7500, 0.2500]), tensor([0, 1]))
     """
-    check_lam(lam)
     shares = (lam, 1 - lam) if shares is None else shares
-    box_keys = {*box_keys, "weights", "source"}
-    pair = [
-        _with_weights(target, shares[source], source, min_weight, box_keys)
-        for source, target in enumerate(_completed(first, second, box_keys))
-    ]
-    lengths = [len(target["boxes"]) for target in pair]
-    keys = [keys_per_box(target, box_keys) for target in pair]
-    merged = dict(pair[0])
-    for key in sorted(keys[0] | keys[1]):
-        for name, target, has, length in zip(("first", "second"), pair, keys, lengths, strict=True):
-            if key not in has:
-                raise ValueError(
-                    f"{key!r} has one entry per box, but the {name} target has none; it has {sorted(target)}."
-                )
-            if len(target[key]) != length:
-                raise ValueError(f"{key!r} of the {name} target has {len(target[key])} entries for {length} boxes.")
-        merged[key] = join(key, pair[0][key], pair[1][key], canvas_size)
-    for key in pair[0].keys() & pair[1].keys() - box_keys:
-        _check_is_per_image(key, pair, lengths)
-    return merged | {"lam": lam, "shares": shares, "canvas": canvas_size}
+    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
+    return merge_batch([first, second], [[0, 1]], [lam], [shares], [canvas_size], **options)[0]
 
 
 def unmixed_target(
     target: Target, canvas_size: tuple[int, int], *, min_weight: float = 0.0, box_keys: Collection[str] = BOX_KEYS
 ) -> Target:
     """A copy of a target with the keys that `merge_targets` writes."""
-    joined = keys_per_box(target, box_keys)
-    copy = {
-        key: value.clone() if key in joined and isinstance(value, Tensor) else value for key, value in target.items()
-    }
-    weighted = _with_weights(copy, 1.0, 0, min_weight, box_keys)
-    return weighted | {"lam": 1.0, "shares": (1.0, 0.0), "canvas": canvas_size}
+    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
+    return merge_batch([target], [[0]], [1.0], [(1.0, 0.0)], [canvas_size], **options)[0]
 
 
 def annotated(image: Tensor, target: Target) -> Target:
@@ -100,8 +75,8 @@ def annotated(image: Tensor, target: Target) -> Target:
         return target
     boxes = torch.zeros(0, 4, device=image.device)
     labels = torch.zeros(0, dtype=torch.int64, device=image.device)
-    size = (image.shape[-2], image.shape[-1])
-    return {**target, "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size), "labels": labels}
+    boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size_of(image))
+    return {**target, "boxes": boxes, "labels": labels}
 
 
 def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Tensor, ...]:
@@ -142,42 +117,3 @@ def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Te
 
 def _has_content(value: Any) -> bool:
     return is_list(value) or isinstance(value, Mapping)  # such as the annotation of an unwrapped VOCDetection
-
-
-def _completed(first: Target, second: Target, box_keys: Collection[str]) -> list[Target]:
-    # No boxes is no reason to lack a key, or to have one: a side without them takes over the keys of the other.
-    pair = [first, second]
-    for mine, other in ((0, 1), (1, 0)):
-        if len(pair[mine]["boxes"]):
-            continue
-        keys, wanted = (keys_per_box(pair[i], box_keys) for i in (mine, other))
-        surplus = {key for key in keys - wanted if not len(pair[mine][key])} if len(pair[other]["boxes"]) else set()
-        kept = {key: value for key, value in pair[mine].items() if key not in surplus}
-        pair[mine] = kept | {key: pair[other][key][:0] for key in wanted - keys}
-    return pair
-
-
-def _with_weights(target: Target, share: float, source: int, min_weight: float, box_keys: Collection[str]) -> Target:
-    boxes, given = target["boxes"], target.get("weights")
-    weights = torch.ones(len(boxes), device=boxes.device) if given is None else torch.as_tensor(given).to(torch.float32)
-    weights = weights * share
-    new = {**target, "weights": weights, "source": torch.full((len(boxes),), source, device=boxes.device)}
-    if min_weight > 0:
-        # Without weights of their own all weigh the share, which the host knows.
-        kept = torch.arange(len(boxes) if share >= min_weight else 0, device=boxes.device)
-        rows = kept if given is None else (weights >= min_weight).nonzero()[:, 0]
-        new |= {key: take(new[key], rows) for key in keys_per_box(new, {*box_keys, "weights", "source"})}
-    return new
-
-
-def _check_is_per_image(key: str, pair: Sequence[Target], lengths: Sequence[int]) -> None:
-    # A field of one entry an image has one length; one that follows two different box counts belongs to the boxes.
-    values = [target[key] for target in pair]
-    if lengths[0] != lengths[1] and all(
-        isinstance(value, (Tensor, list)) and is_list(value) and len(value) == length
-        for value, length in zip(values, lengths, strict=True)
-    ):
-        raise ValueError(
-            f"{key!r} has one entry per box in both targets ({lengths[0]} and {lengths[1]}), but it is not among the "
-            f"keys that are joined, so it would go stale: add it to box_keys."
-        )

@@ -87,3 +87,36 @@ def test_boxes_and_labels_apart_are_named_without_an_image_too(sample):
     target = {**sample(2)[1], "labels": torch.ones(2, device="meta")}
     with pytest.raises(ValueError, match="labels of target 0 must be on the device of its boxes, cpu, but are on meta"):
         check_target(target, where="target 0")
+
+
+@pytest.mark.parametrize("kinds", [("XYXY", "XYXY"), ("XYXY", "XYWHR"), ("XYWHR", "XYXY")])
+def test_the_one_box_in_a_batch_that_is_not_finite_is_named(kinds):
+    targets = [
+        {"boxes": tv_tensors.BoundingBoxes(torch.ones(2, 4 + ("R" in kind)), format=kind, canvas_size=(12, 16))}
+        for kind in (*kinds, kinds[1])
+    ]
+    check_batch([IMAGE] * 3, targets)
+    targets[1]["boxes"][1, 2] = float("inf")
+    for images in ([IMAGE] * 3, torch.stack([IMAGE] * 3)):
+        with pytest.raises(ValueError, match=r"box 1 of target 1 must be finite, but it is \[1.0, 1.0, inf, 1.0"):
+            check_batch(images, targets)
+
+
+def test_finite_boxes_whose_sum_is_not_pass():
+    boxes = torch.full((2, 4), 6e4, dtype=torch.float16)
+    check_batch([IMAGE] * 2, [{"boxes": boxes}] * 2)
+
+
+def test_boxes_that_require_a_gradient_are_looked_at_without_a_warning():
+    check_target({"boxes": torch.ones(1, 4, requires_grad=True)}, where="target 0", image=IMAGE)
+
+
+def test_a_batch_of_none_passes():
+    check_batch(torch.zeros(0, 3, 4, 4), [])
+    check_batch([], [])
+
+
+def test_boxes_of_any_other_shape_are_named():
+    for shape in ((), (2,), (1, 2, 4)):
+        with pytest.raises(ValueError, match=r"boxes of target 0 must have shape \(num_boxes, 4\), but have"):
+            check_target({"boxes": torch.zeros(shape)}, where="target 0")

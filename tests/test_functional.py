@@ -149,6 +149,13 @@ def test_a_batch_is_mixed_sample_by_sample_as_planned():
         assert_same((out[i], out_targets[i]), (expected[0], expected[1] | {"partner": mix.partner}))
 
 
+def test_a_share_without_a_partner_is_not_recorded():
+    images, targets = batch((2,), [(12, 16)])
+    (target,) = mixup_batch(images, targets, [Mix(-1, 0.25, (0.25, 0.75))])[1]
+    assert Mix.of(target) == Mix()
+    assert target["weights"].tolist() == [1, 1]
+
+
 def test_what_mixed_targets_record_replays_bit_for_bit_even_from_json():
     images, targets = batch()
     mixed = mixup_batch(images, targets, PLAN)
@@ -176,10 +183,13 @@ def test_a_batch_tensor_mixes_as_a_list_does(inplace, placed):
 
 
 @pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("stacked_pool", [False, True])
 @pytest.mark.parametrize("placed", [False, True])
-def test_partners_can_come_from_a_second_pool(stacked, placed):
+def test_partners_can_come_from_a_second_pool(stacked, stacked_pool, placed):
     images, targets = batch((2, 1), [(12, 16), (12, 16)])
-    pool = [make_sample(1, (9, 14), seed=7)[0], make_sample(0, (12, 10), seed=8)[0]]
+    pool = [make_sample(1, (9, 14), seed=7)[0], make_sample(0, (9, 14) if stacked_pool else (12, 10), seed=8)[0]]
+    if stacked_pool:
+        pool = torch.stack([image.as_subclass(torch.Tensor) for image in pool])
     placement = Placement(0.8, 1.0, 0.0) if placed else None
     plan = [Mix(1, 0.25, (0.25, 0.75), placement), Mix(0, 0.5, (0.5, 0.5), placement)]
     first = torch.stack(images) if stacked else images

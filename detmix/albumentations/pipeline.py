@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from detmix.albumentations.arrays import IMAGE_DTYPES, Array, writable
 from detmix.checks import check_target
-from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, take
+from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
 from detmix.functional import Sample, Target
 
 
@@ -103,7 +103,7 @@ class AlbumentationsTransform:
         out = self.pipeline(**arrays)
 
         image = like(torch.from_numpy(np.array(out["image"], order="C")).permute(2, 0, 1).contiguous(), image)
-        size = (image.shape[-2], image.shape[-1])
+        size = size_of(image)
         rows = torch.as_tensor(np.asarray(out["rows"], dtype=np.int64))
         per_box = keys_per_box(target, self.box_keys)
         new = {key: take(value, rows) if key in per_box else value for key, value in target.items()}
