@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -322,8 +323,11 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 
 
 def _make_canvas(image: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if image.is_contiguous():
-        return image.new_empty(shape)
     # The layout of the image: channels last stays so.
-    layout = sorted(range(3), key=image.stride, reverse=True)
+    layout = [0, 1, 2] if image.is_contiguous() else sorted(range(3), key=image.stride, reverse=True)
+    if image.is_cpu and image.dtype == torch.uint8:
+        # Memory of numpy's, as what it frees is used again, while torch's aligned memory tends to come fresh from the
+        # system: first touches would cost a quarter of the blend.
+        array = np.empty([shape[side] for side in layout], np.uint8)
+        return torch.from_numpy(array).permute([layout.index(side) for side in range(3)])
     return torch.empty_permuted(shape, layout, dtype=image.dtype, device=image.device)

@@ -1,4 +1,5 @@
 import functools
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -91,3 +92,24 @@ def test_ci_takes_its_test_command_from_here():
 def test_every_config_it_names_is_there():
     named = set(re.findall(r"\b[\w]+\.yaml", README)) - {"config.yaml"}
     assert named == {path.name for path in (ROOT / "configs").glob("*.yaml")}
+
+
+def test_the_ratios_that_are_quoted_are_those_of_a_run_that_is_kept():
+    speed = README.partition("\n## Speed\n")[2].partition("\n## ")[0]
+    (name,) = re.findall(r"`(benchmarks/[\w.-]+\.json)`", speed)
+    kept = {
+        (
+            case["section"],
+            case["case"],
+            comparison["run"],
+            comparison["beside"],
+        ): f"{comparison['ratio_of_medians']:.2f}"
+        for case in json.loads((ROOT / name).read_text())["cases"]
+        for comparison in case["comparisons"]
+    }
+    quoted = re.findall(
+        r"^\| (\w+) \| ([\w ]+) \| ([\w =.+-]+) \| ([\w .]+) \| ([\d.]+) \|$", speed, flags=re.MULTILINE
+    )
+    assert len(quoted) > 10
+    for *what, ratio in quoted:
+        assert kept[tuple(what)] == ratio, what
