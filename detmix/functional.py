@@ -212,12 +212,11 @@ def mixup_batch(
             pool_images = [
                 image if second is None else second[0] for image, second in zip(images, seconds, strict=True)
             ]
-        lams = [mix.lam for mix in plan]
         memory: dict[str, Any] = {"inplace": inplace, "out": out}
         return blend_batch(images, partners, lams, pool=pool_images, fill=fill, **memory), merged
     others_images = [None if second is None else second[0] for second in seconds]
     outs = None if out is None else list(out)
-    blends = blend_each(images, others_images, [mix.lam for mix in plan], fill=fill, outs=outs)
+    blends = blend_each(images, others_images, lams, fill=fill, outs=outs)
     return blends if out is None else out, merged
 
 

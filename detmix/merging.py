@@ -95,6 +95,7 @@ class _Batch:
         self.numbers = [rows.shape[0] for rows in boxes]
         self.devices = [rows.device for rows in boxes]
         self.own = [_own_weights(target) for target in targets]
+        self.given = [weights for weights in self.own if weights is not None]
         self.kept = self._heavy_rows(min_weight) if min_weight > 0 else {}
         self.counts = [[self.numbers[place] for place in sides] for sides in samples]
         for (i, side), rows in self.kept.items():
@@ -103,11 +104,11 @@ class _Batch:
 
     def is_uniform(self) -> bool:
         """Whether the samples can hold parts of one tensor: not on several devices, nor if some weights are learnt."""
-        return len({*self.devices}) == 1 and not any(own is not None and own.requires_grad for own in self.own)
+        return len({*self.devices}) == 1 and not any(own.requires_grad for own in self.given)
 
     def weigh(self) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """The weights and the source of each sample."""
-        counts = [count for counts in self.counts for count in counts]
+        counts = np.array([count for counts in self.counts for count in counts])
         shares = [share for sides, both in zip(self.samples, self.shares, strict=True) for share in both[: len(sides)]]
         sources = [side for sides in self.samples for side in range(len(sides))]
         # Made on the host: a CUDA device gets one small copy of each, whatever the size of the batch.
@@ -115,7 +116,7 @@ class _Batch:
             torch.from_numpy(np.repeat(np.array(values, dtype), counts)).to(self.devices[0], non_blocking=True)
             for values, dtype in ((shares, np.float32), (sources, np.int64))
         )
-        if any(own is not None for own in self.own):
+        if self.given:
             ones = weights.new_ones(max(self.numbers))
             own = [ones[:number] if own is None else own for own, number in zip(self.own, self.numbers, strict=True)]
             weights = torch.cat([*self.join("weights", own)]) * weights
