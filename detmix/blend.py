@@ -149,16 +149,18 @@ def blend_batch(
     if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
         blended = _blend_at_once(entries, partners, lams, seconds)
         return like(blended, images) if out is None else out.copy_(blended)
-    target = entries if inplace else torch.empty_like(entries) if out is None else out.as_subclass(Tensor)
+    target = entries if inplace else _make_canvas(entries, entries.shape) if out is None else out.as_subclass(Tensor)
     if inplace and pool is None:
         write_in_place(entries, [(i, partners[i], lams[i], is_read) for i, is_read in _order(partners)], levels)
     else:
-        mixed = [(i, seconds[j].as_subclass(Tensor)) for i, j in enumerate(partners) if j >= 0]
+        firsts = entries.unbind()
+        others = firsts if pool is None else [second.as_subclass(Tensor) for second in pool]
+        mixed = [(i, others[j]) for i, j in enumerate(partners) if j >= 0]
         if inplace:  # what is read must outlast what is written
             mixed = [
                 (i, second.clone() if _is_overlap(_memory(second), _memory(entries)) else second) for i, second in mixed
             ]
-        write([Blend(target[i], entries[i], second, lams[i]) for i, second in mixed], levels)
+        write([Blend(target[i], firsts[i], second, lams[i]) for i, second in mixed], levels)
     if not inplace:
         for i, j in enumerate(partners):
             if j < 0:
@@ -218,10 +220,11 @@ def _check_batch(
             f"there must be one partner and one lam for each of the {len(entries)} entries of the batch, but there are "
             f"{len(partners)} and {len(lams)}."
         )
+    size = len(seconds)
     for i, (j, lam) in enumerate(zip(partners, lams, strict=True)):
         check_lam(lam)
-        if not -1 <= j < len(seconds):
-            raise ValueError(f"partner {i} must be -1 or below the {len(seconds)} there are, but it is {j}.")
+        if not -1 <= j < size:
+            raise ValueError(f"partner {i} must be -1 or below the {size} there are, but it is {j}.")
     used = sorted({j for j in partners if j >= 0})
     for j in used[:1] if isinstance(seconds, Tensor) else used:  # those of a tensor are all alike
         first, second = entries[0], seconds[j]
@@ -324,10 +327,11 @@ def _memory(tensor: Tensor) -> tuple[int, int]:
 
 def _make_canvas(image: Tensor, shape: tuple[int, ...]) -> Tensor:
     # The layout of the image: channels last stays so.
-    layout = [0, 1, 2] if image.is_contiguous() else sorted(range(3), key=image.stride, reverse=True)
-    if image.is_cpu and image.dtype == torch.uint8:
+    sides = range(image.ndim)
+    layout = sorted(sides, key=image.stride().__getitem__, reverse=True)
+    if image.is_cpu and image.dtype == torch.uint8 and all(shape):
         # Memory of numpy's, as what it frees is used again, while torch's aligned memory tends to come fresh from the
         # system: first touches would cost a quarter of the blend.
         array = np.empty([shape[side] for side in layout], np.uint8)
-        return torch.from_numpy(array).permute([layout.index(side) for side in range(3)])
+        return torch.from_numpy(array).permute([layout.index(side) for side in sides])
     return torch.empty_permuted(shape, layout, dtype=image.dtype, device=image.device)

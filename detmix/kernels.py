@@ -224,6 +224,10 @@ def _write_by_opencv(blends: Sequence[Blend], layouts: Sequence[Layout], levels:
         # The larger share first, so that both orders of the images are one computation.
         (share, rest), images = ((lam, 1 - lam), images) if lam >= 0.5 else ((1 - lam, lam), images[::-1])
         planes = [_planes(tensor, layout) for tensor in (target, *images)]
+        if layout == "flat":
+            ((out,), (first,), (second,)) = planes
+            cv2.addWeighted(first, share, second, rest, 0, dst=out)
+            continue
         windows = _windows(*(plane[0].shape for plane in planes))
         for channel, (out, first, second) in enumerate(zip(*planes, strict=True)):
             level = levels[channel % len(levels)]
