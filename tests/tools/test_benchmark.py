@@ -52,7 +52,7 @@ def test_every_case_has_rows_and_an_entry(device, monkeypatch, capsys, tmp_path)
     for number, case in enumerate(cases):
         if not number or case["section"] != cases[number - 1]["section"]:
             assert next(lines) == ""
-            heads = [case["section"], "ms", "beside", "ms", "ratio of medians", "median ratio"]
+            heads = [case["section"], "ms", "beside", "ms", "ratio of medians", "median ratio", "page faults"]
             assert re.split("  +", next(lines)) == heads
         assert next(lines) == f"{case['case']}: {case['sizes']}"
         for comparison in case["comparisons"]:
@@ -60,7 +60,9 @@ def test_every_case_has_rows_and_an_entry(device, monkeypatch, capsys, tmp_path)
             assert comparison["ratio_of_medians"] == comparison["median_ratio"] == pytest.approx(one / other)
             ratio = f"{comparison['ratio_of_medians']:.3f}"
             shown = [comparison["run"], f"{one:.3f}", comparison["beside"], f"{other:.3f}", ratio, ratio]
-            assert re.split("  +", next(lines).strip())[:6] == shown
+            faults = (case["runs"][comparison[key]]["page_faults"] for key in ("run", "beside"))
+            shown.append(" and ".join(f"{number:,.0f}" for number in faults))
+            assert re.split("  +", next(lines).strip())[:7] == shown
     assert next(lines, None) is None
 
 
