@@ -42,15 +42,14 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
     out = blends[0].out
     routine = _find_routine(out)
     if routine is not None and not any(_is_tracked(*blend[:3]) for blend in blends):
-        layouts = [_layout(blend, levels) for blend in blends]
-        planar = [(blend, layout) for blend, layout in zip(blends, layouts, strict=True) if layout]
-        if planar:
+        found = [(blend, _layout(blend, levels)) for blend in blends]
+        if planar := [(blend, layout) for blend, layout in found if layout]:
             routine([blend for blend, _ in planar], [layout for _, layout in planar], levels)
-        if len(planar) == len(blends):
-            return
-        odd = [blend for blend, layout in zip(blends, layouts, strict=True) if not layout]
+        odd = [blend for blend, layout in found if not layout]
         canvases: dict[Any, Tensor] = {}
         blends = [blend for blend in odd if not _write_reordered(blend, levels, routine, canvases)]
+        if not blends:
+            return
     # Made on the device: a tensor of the host's would have to be copied there.
     level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
     for blend in blends:
@@ -166,8 +165,6 @@ def _write_reordered(blend: Blend, levels: Sequence[float], routine: Routine, ca
 
 def _windows(out: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[Window, list[bool]]]:
     """The parts of a canvas, and which of two images cover each; sizes are (height, width)."""
-    if out == first == second:
-        return [((slice(None), slice(None)), [True, True])]
     rows, columns = sorted({0, out[0], first[0], second[0]}), sorted({0, out[1], first[1], second[1]})
     return [
         ((slice(top, bottom), slice(left, right)), [bottom <= size[0] and right <= size[1] for size in (first, second)])

@@ -132,8 +132,11 @@ def test_bytes_of_pixels_are_split_into_planes_by_opencv(monkeypatch):
     assert cv2.split.call_count == 1
 
 
-def test_nothing_to_write_is_nothing():
+def test_nothing_to_write_is_nothing(monkeypatch):
+    find = mock.Mock()
+    monkeypatch.setattr(kernels, "_find_routine", find)
     write([], [0])
+    assert not find.called
 
 
 @pytest.mark.parametrize("orders", [[ORDERS[0], ORDERS[1], ORDERS[1]], [ORDERS[1], ORDERS[0], ORDERS[1]]])
