@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detmix.fields import like
+from detmix.fields import like, plain
 from detmix.kernels import Blend, copy_pixels, write, write_in_place
 
 
@@ -137,7 +137,7 @@ def blend_batch(
                 [2., 4.],
                 [1., 1.]])
     """
-    entries = images.as_subclass(Tensor)
+    entries = plain(images)
     seconds = entries if pool is None else pool
     _check_batch(entries, partners, lams, seconds)
     if out is not None:
@@ -149,13 +149,12 @@ def blend_batch(
     if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
         blended = _blend_at_once(entries, partners, lams, seconds)
         return like(blended, images) if out is None else out.copy_(blended)
-    target = entries if inplace else _make_canvas(entries, entries.shape) if out is None else out.as_subclass(Tensor)
+    target = entries if inplace else _make_canvas(entries, entries.shape) if out is None else plain(out)
     if inplace and pool is None:
         write_in_place(entries, [(i, partners[i], lams[i], is_read) for i, is_read in _order(partners)], levels)
     else:
         firsts = entries.unbind()
-        others = firsts if pool is None else [second.as_subclass(Tensor) for second in pool]
-        mixed = [(i, others[j]) for i, j in enumerate(partners) if j >= 0]
+        mixed = [(i, firsts[j] if pool is None else plain(pool[j])) for i, j in enumerate(partners) if j >= 0]
         if inplace:  # what is read must outlast what is written
             mixed = [
                 (i, second.clone() if _is_overlap(_memory(second), _memory(entries)) else second) for i, second in mixed
@@ -191,12 +190,12 @@ def _prepare(
     check_lam(lam)
     _check_pair(first, second)
     levels = _check_levels(fill, first)
-    one, other = first.as_subclass(Tensor), second.as_subclass(Tensor)
+    one, other = plain(first), plain(second)
     shape = (one.shape[0], *canvas_size(one, other))
     if out is None:
         return Blend(_make_canvas(one, shape), one, other, lam), levels
     _check_out(out, one, shape)
-    return Blend(out.as_subclass(Tensor), one, other, lam), levels
+    return Blend(plain(out), one, other, lam), levels
 
 
 def _check_pair(first: Tensor, second: Tensor, where: str = "first and second") -> None:
@@ -255,7 +254,7 @@ def _blend_at_once(entries: Tensor, partners: Sequence[int], lams: Sequence[floa
     shares = torch.tensor(
         [0.0 if j < 0 else 1 - lam for j, lam in zip(partners, lams, strict=True)], dtype=entries.dtype
     )
-    shares, others = shares.reshape(-1, *[1] * (entries.ndim - 1)), seconds.as_subclass(Tensor)[rows]
+    shares, others = shares.reshape(-1, *[1] * (entries.ndim - 1)), plain(seconds)[rows]
     # As `kernels` does.
     return torch.where(shares == 0.5, (entries + others) * 0.5, torch.lerp(entries, others, shares))
 
@@ -319,10 +318,10 @@ def _is_overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 def _memory(tensor: Tensor) -> tuple[int, int]:
     """The addresses that a tensor begins and ends at."""
-    plain = tensor.as_subclass(Tensor)  # whose attributes `tv_tensors` take much longer to tell
-    extent = sum((size - 1) * stride for size, stride in zip(plain.shape, plain.stride(), strict=True))
-    start = plain.data_ptr()
-    return start, start + (extent + 1) * plain.element_size() if plain.numel() else start
+    memory = plain(tensor)
+    extent = sum((size - 1) * stride for size, stride in zip(memory.shape, memory.stride(), strict=True))
+    start = memory.data_ptr()
+    return start, start + (extent + 1) * memory.element_size() if memory.numel() else start
 
 
 def _make_canvas(image: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,5 +1,6 @@
 """Read a COCO-format folder as (image, target) with torchvision's keys, every annotation checked at construction."""
 
+import contextlib
 import io
 import operator
 import os
@@ -267,12 +268,9 @@ def _read_rgb(path: Path) -> Tensor:
     """The pixels of a file, uint8 ``(3, H, W)``; torchvision's JPEG decoder gives Pillow's in half the time."""
     data = np.fromfile(path, np.uint8)
     if decode_jpeg is not None and data[:3].tobytes() == JPEG:
-        try:
+        # Of a file that is damaged, and without libjpeg, Pillow says or does what it can.
+        with contextlib.suppress(RuntimeError):
             return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
-        except (
-            RuntimeError
-        ):  # a file that is damaged, or a torchvision without libjpeg: Pillow says or does what it can
-            pass
     with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
         return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
 
