@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from detmix.fields import like, plain
-from detmix.kernels import Blend, copy_pixels, write, write_in_place
+from detmix.kernels import Blend, Step, copy_pixels, write, write_batch
 
 
 def blend_images(
@@ -138,7 +138,7 @@ def blend_batch(
                 [1., 1.]])
     """
     entries = plain(images)
-    seconds = entries if pool is None else pool
+    seconds = entries if pool is None else plain(pool) if isinstance(pool, Tensor) else pool
     _check_batch(entries, partners, lams, seconds)
     if out is not None:
         if inplace:
@@ -150,16 +150,19 @@ def blend_batch(
         blended = _blend_at_once(entries, partners, lams, seconds)
         return like(blended, images) if out is None else out.copy_(blended)
     target = entries if inplace else _make_canvas(entries, entries.shape) if out is None else plain(out)
-    if inplace and pool is None:
-        write_in_place(entries, [(i, partners[i], lams[i], is_read) for i, is_read in _order(partners)], levels)
+    order = _order(partners) if inplace and pool is None else [(i, False) for i, j in enumerate(partners) if j >= 0]
+    if isinstance(seconds, Tensor):
+        if inplace and pool is not None:
+            seconds = _copy_if_written(seconds, entries)
+        steps = [Step(i, partners[i], lams[i], is_read) for i, is_read in order]
+        write_batch(target, entries, seconds, steps, levels)
     else:
-        firsts = entries.unbind()
-        mixed = [(i, firsts[j] if pool is None else plain(pool[j])) for i, j in enumerate(partners) if j >= 0]
-        if inplace:  # what is read must outlast what is written
-            mixed = [
-                (i, second.clone() if _is_overlap(_memory(second), _memory(entries)) else second) for i, second in mixed
-            ]
-        write([Blend(target[i], firsts[i], second, lams[i]) for i, second in mixed], levels)
+        others = [plain(seconds[partners[i]]) for i, _ in order]
+        if inplace:
+            others = [_copy_if_written(other, entries) for other in others]
+        write(
+            [Blend(target[i], entries[i], other, lams[i]) for (i, _), other in zip(order, others, strict=True)], levels
+        )
     if not inplace:
         for i, j in enumerate(partners):
             if j < 0:
@@ -304,6 +307,11 @@ def _check_out(out: Tensor, template: Tensor, shape: Sequence[int]) -> None:
     ):
         if given != expected:
             raise ValueError(f"out must have the blend's {what}, {expected}, but has {given}.")
+
+
+def _copy_if_written(tensor: Tensor, entries: Tensor) -> Tensor:
+    """What is read must outlast what is written."""
+    return tensor.clone() if _is_overlap(_memory(tensor), _memory(entries)) else tensor
 
 
 def _check_is_apart(outs: Sequence[Tensor], read: Sequence[Tensor]) -> None:

@@ -30,6 +30,16 @@ class Blend(NamedTuple):
     lam: float
 
 
+class Step(NamedTuple):
+    """One blend of entries of batches."""
+
+    entry: int
+    partner: int
+    lam: float
+    is_read_later: bool
+    """Whether a later step reads what the entry was before."""
+
+
 def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
     """Write blends, none of which reads what another writes.
 
@@ -70,33 +80,54 @@ def copy_pixels(image: Tensor, out: Tensor) -> None:
         out.copy_(image)
 
 
-def write_in_place(entries: Tensor, steps: Sequence[tuple[int, int, float, bool]], levels: Sequence[float]) -> None:
-    """Overwrite entries of a batch with their blends, one after the other.
+def write_batch(out: Tensor, first: Tensor, second: Tensor, steps: Sequence[Step], levels: Sequence[float]) -> None:
+    """Write blends of entries of batches, one after the other; ``out`` may be ``first``, which is then overwritten.
 
-    Floats of the host are done in blocks, all entries of one before the next: an entry that has just been written is
-    often the next one to be read, and is in the cache still.
+    On the host, entries that lie alike in memory are rows of matrices. Floats are done in blocks, all entries of one
+    before the next: one that has just been read or written is often the next to be read, and is in the cache still.
 
     Args:
-        entries: A batch ``(B, ...)``.
-        steps: Of each blend the index of the entry, that of its partner, the entry's share, and whether a later step
-            reads what it was before.
+        out: A batch ``(B, ...)``.
+        first: A batch ``(B, ...)``.
+        second: A batch ``(M, ...)``, of smaller images, maybe; ``out`` too, maybe.
+        steps: The blends, in this order.
         levels: See `write`.
     """
-    dense = entries if entries.is_contiguous() or entries.ndim < 3 else entries.movedim(1, -1)
-    is_blocked = entries.is_cpu and entries.is_floating_point() and dense.is_contiguous() and not _is_tracked(entries)
-    blocks = torch.split(dense.flatten(1), BLOCK_BYTES // entries.element_size(), 1) if is_blocked else [entries]
-    for block in blocks:
-        # Autograd does not let parts of one unbind be written.
-        parts = block.unbind() if is_blocked else [block[i] for i in range(len(block))]
-        copied, copy = -1, block
-        for i, j, lam, is_read_later in steps:
-            second = copy if j == copied else parts[j]
-            if is_read_later:
-                copied, copy = i, parts[i].clone()
-            if is_blocked:
-                _lerp_into(parts[i], parts[i], second, lam)
-            else:
-                write([Blend(parts[i], parts[i], second, lam)], levels)
+    matrices = _as_rows(out, first, second)
+    if matrices and out.dtype == torch.uint8:
+        _write_steps([matrix.numpy()[:, None] for matrix in matrices], steps, np.copy, _add_weighted)
+    elif matrices:
+        for block in zip(*[torch.split(matrix, BLOCK_BYTES // out.itemsize, 1) for matrix in matrices], strict=True):
+            _write_steps([rows.unbind() for rows in block], steps, Tensor.clone, _lerp_into)
+    elif out is second:
+        # Entries by index, as autograd does not let parts of one unbind be written.
+        _write_steps([out, first, second], steps, Tensor.clone, lambda *blend: write([Blend(*blend)], levels))
+    else:
+        write([Blend(out[step.entry], first[step.entry], second[step.partner], step.lam) for step in steps], levels)
+
+
+def _write_steps(
+    batches: Sequence[Any], steps: Sequence[Step], copy: Callable[..., Any], blend: Callable[..., None]
+) -> None:
+    out, first, second = batches
+    copied, was = -1, None
+    for i, j, lam, is_read_later in steps:
+        partner = was if j == copied else second[j]
+        if is_read_later:
+            copied, was = i, copy(first[i])
+        blend(out[i], first[i], partner, lam)
+
+
+def _as_rows(*batches: Tensor) -> list[Tensor] | None:
+    """Batches of the host as matrices of one row an entry; None if their entries are not dense and alike."""
+    out = batches[0]
+    is_known = out.is_cpu and (out.is_floating_point() or out.dtype == torch.uint8) and out.ndim > 1
+    if not is_known or _is_tracked(*batches) or any(batch.shape[1:] != out.shape[1:] for batch in batches):
+        return None
+    for moved in (batches, [batch.movedim(1, -1) for batch in batches]):
+        if all(batch.is_contiguous() for batch in moved):
+            return [batch.flatten(1) for batch in moved]
+    return None
 
 
 def _find_routine(out: Tensor) -> Routine | None:
@@ -217,26 +248,37 @@ def _write_by_opencv(blends: Sequence[Blend], layouts: Sequence[Layout], levels:
     """Blend bytes of the host in one pass, without floats in memory."""
     import cv2
 
-    for (target, *images, lam), layout in zip(blends, layouts, strict=True):
-        # The larger share first, so that both orders of the images are one computation.
-        (share, rest), images = ((lam, 1 - lam), images) if lam >= 0.5 else ((1 - lam, lam), images[::-1])
+    for blend, layout in zip(blends, layouts, strict=True):
+        target, *images, lam = _larger_first(*blend)
         planes = [_planes(tensor, layout) for tensor in (target, *images)]
         if layout == "flat":
             ((out,), (first,), (second,)) = planes
-            cv2.addWeighted(first, share, second, rest, 0, dst=out)
+            _add_weighted(out, first, second, lam)
             continue
         windows = _windows(*(plane[0].shape for plane in planes))
         for channel, (out, first, second) in enumerate(zip(*planes, strict=True)):
             level = levels[channel % len(levels)]
             for window, (in_first, in_second) in windows:
                 if in_first and in_second:
-                    cv2.addWeighted(first[window], share, second[window], rest, 0, dst=out[window])
+                    _add_weighted(out[window], first[window], second[window], lam)
                 elif in_first:
-                    cv2.convertScaleAbs(first[window], out[window], share, rest * level)
+                    cv2.convertScaleAbs(first[window], out[window], lam, (1 - lam) * level)
                 elif in_second:
-                    cv2.convertScaleAbs(second[window], out[window], rest, share * level)
+                    cv2.convertScaleAbs(second[window], out[window], 1 - lam, lam * level)
                 else:
                     out[window] = level
+
+
+def _add_weighted(*blend: Any) -> None:
+    import cv2
+
+    out, first, second, lam = _larger_first(*blend)
+    cv2.addWeighted(first, lam, second, 1 - lam, 0, dst=out)
+
+
+def _larger_first(out: Any, first: Any, second: Any, lam: float) -> tuple[Any, Any, Any, float]:
+    """The same blend with the larger share first, so that both orders of two images are one computation."""
+    return (out, first, second, lam) if lam >= 0.5 else (out, second, first, 1 - lam)
 
 
 def _planes(tensor: Tensor, layout: Layout) -> list[npt.NDArray[np.uint8]]:

@@ -1,6 +1,8 @@
 import copy
+import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -205,8 +207,10 @@ def test_a_batch_is_blended_entry_by_entry_in_place_or_not(device, plan, dtype, 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_in_place_copies_one_entry_of_each_circle(dtype, monkeypatch):
-    clone, copies = torch.Tensor.clone, []
-    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **k: copies.append(self.numel()) or clone(self, **k))
+    copies = []
+    for owner, name in ((torch.Tensor, "clone"), (np, "copy")):
+        copy = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda self, copy=copy: copies.append(math.prod(self.shape)) or copy(self))
     batch = random_image((6, 3, 2, 2), dtype)
     blend_batch(batch, [1, 2, 0, 4, 5, 0], [0.5] * 6, inplace=True)  # a circle of three, and a chain that ends in it
     assert copies == [12]
@@ -238,8 +242,10 @@ def test_images_beyond_the_size_that_is_blended_at_once_are_blended_alike():
         assert torch.equal(out[2], blend_images(images[2], images[3], 0.7))
 
 
-def test_smaller_images_of_a_pool_lie_at_the_top_left():
-    images, pool = random_image((2, 3, 6, 8), torch.uint8), [random_image((3, 4, 5), torch.uint8, 1)]
+@pytest.mark.parametrize("as_list", [True, False])
+def test_smaller_images_of_a_pool_lie_at_the_top_left(as_list):
+    images, pool = random_image((2, 3, 6, 8), torch.uint8), random_image((1, 3, 4, 5), torch.uint8, 1)
+    pool = list(pool) if as_list else pool
     out = blend_batch(images, [0, -1], [0.25, 1.0], pool=pool, fill=9)
     assert torch.equal(out[0], blend_images(images[0], pool[0], 0.25, fill=9))
     assert torch.equal(out[1], images[1])
