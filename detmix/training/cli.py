@@ -1,6 +1,7 @@
 """The command line: Lightning's, with the detector, the data and a run folder filled in."""
 
 import argparse
+import random
 import sys
 import warnings
 from pathlib import Path
@@ -9,14 +10,16 @@ from typing import Any
 import lightning as L
 import numpy as np
 from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor
 
 from detmix.datasets.coco_file import CocoFile
 from detmix.functional import Mix, Target
 from detmix.training.callbacks import Pictures, read_record, write_record, write_samples
+from detmix.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows, read_checkpoint
 from detmix.training.data import Batch, DetectionData, collate
 from detmix.training.module import DetectorModule
 from detmix.transforms import MixUp
@@ -26,6 +29,7 @@ NOISE = (
     "Experiment logs directory .* exists and is not empty",  # two loggers share the run folder on purpose
     "The dirpath has changed from",  # a checkpoint of one run starts another
     r"\s*Dump of a value that does not round-trip",  # tuples are lists in the saved config
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on where it stopped
 )
 """Warnings, as patterns, that tell a user nothing to act on."""
 
@@ -42,6 +46,7 @@ class DetectorCLI(LightningCLI):
             DetectionData,
             seed_everything_default=0,
             auto_configure_optimizers=False,
+            save_config_callback=ConfigCallback,
             save_config_kwargs={"overwrite": True},
             **kwargs,
         )
@@ -62,7 +67,9 @@ class DetectorCLI(LightningCLI):
             type=str | None,
             help="Each run gets a version_<n> in it; runs/<config> by default.",
         )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Pictures, "pictures")
         parser.set_defaults(
             {
@@ -76,27 +83,62 @@ class DetectorCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build everything and read both splits; a mistake in the options or the data is one line, no traceback."""
         try:
+            path = self._find_checkpoint()
             super().instantiate_classes()
             self.datamodule.setup("fit")
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MisconfigurationException) as error:
             self.parser.exit(2, f"error: {error}\n")
+        if self.subcommand:
+            self.config_init[self.subcommand]["ckpt_path"] = path
+            self.config_init[self.subcommand]["weights_only"] = True
+
+    def _find_checkpoint(self) -> str | None:
+        """The checkpoint that ``ckpt_path`` means; of a run that goes on, note its folder and the rows of its log."""
+        path: str | None = self._get(self.config, "ckpt_path")
+        self._version: str | None = None
+        if path == "last":
+            found = find_last(self._run_dir())
+            if found is None:
+                sys.stderr.write(f"No checkpoint in the newest run of {self._run_dir()}: starting from scratch\n")
+                return None
+            path = str(found[0])
+            sys.stderr.write("".join(f"{damage}\n" for damage in found[1]) + f"Going on from {path}\n")
+            self._log = read_checkpoint(found[0])["log"]
+            self._version = found[0].parent.parent.name if self.subcommand == "fit" else None
+        elif path not in (None, "best", "hpc") and "://" not in path:
+            read_checkpoint(Path(path))
+        return path
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Log to TensorBoard and CSV in the run folder, unless loggers are configured."""
         config = self._get(self.config_init, "trainer")
         if config["logger"] is None or config["logger"] is True:
             kwargs["logger"] = self._loggers()
-        # ModelCheckpoint's own save_last writes only when there is a new best.
-        last = ModelCheckpoint(filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
-        config["callbacks"] = [RichProgressBar(), LearningRateMonitor("step"), last, *(config["callbacks"] or [])]
+        plugins = config["plugins"] or []
+        config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        config["use_distributed_sampler"] = False  # the data module shares the images out
+        bar = [] if config["enable_progress_bar"] is False else [RichProgressBar()]
+        config["callbacks"] = [*bar, LearningRateMonitor("step"), *(config["callbacks"] or [])]
         return super().instantiate_trainer(**kwargs)
 
-    def _loggers(self) -> list[Any]:
+    def _run_dir(self) -> Path:
         config = Path(str((self._get(self.config, "config") or ["default"])[-1]))
         # The config.yaml that a run has saved starts another run beside it.
         default = config.parent.parent if config.name == "config.yaml" else Path("runs", config.stem)
-        board = TensorBoardLogger(self._get(self.config, "run_dir") or default, name="")
-        return [board, CSVLogger(board.save_dir, name="", version=board.version)]
+        return Path(self._get(self.config, "run_dir") or default)
+
+    def _loggers(self) -> list[Any]:
+        if self._version is None:
+            board = TensorBoardLogger(self._run_dir(), name="")
+            return [board, CSVLogger(board.save_dir, name="", version=board.version)]
+        rows, step, row = self._log["rows"], self._log["step"], self._log["next"]
+        board = TensorBoardLogger(self._run_dir(), name="", version=self._version, purge_step=step + 1)
+        log = CSVLogger(board.save_dir, name="", version=self._version)
+        keep_rows(log, rows)
+        for logger in (board, log):
+            if row:
+                logger.log_metrics(row, step)
+        return [board, log]
 
     def after_fit(self) -> None:
         """Print the COCO AP of the best checkpoint and say where everything is."""
@@ -107,6 +149,14 @@ class DetectorCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
         if self.trainer.is_global_zero:
             sys.stdout.write(f"Run folder: {self.trainer.log_dir}\n")
+
+
+class ConfigCallback(SaveConfigCallback):
+    """Saves the whole config in the run folder, and in every checkpoint as YAML."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put it under the key ``config``."""
+        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
 
 
 class PreviewCLI(DetectorCLI):
@@ -171,3 +221,8 @@ def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Tar
                 f"{dataset.annotations_file}."
             )
     return *collate([dataset[index] for index in np.searchsorted(known, image_ids)]), plan
+
+
+def _as_seed(seed: bool | int) -> int:
+    # True asks Lightning for any seed; what it then draws, a checkpoint keeps.
+    return random.randrange(2**32) if seed is True else int(seed)

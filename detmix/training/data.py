@@ -1,5 +1,6 @@
 """The Lightning data module: COCO-format folders, Albumentations on the CPU, mixup on the device."""
 
+import signal
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -7,9 +8,10 @@ from typing import Any
 
 import albumentations as A
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.albumentations import AlbumentationsTransform
@@ -17,6 +19,7 @@ from detmix.checks import check_batch
 from detmix.datasets.coco import CocoFolder
 from detmix.datasets.shapes import draw_shapes
 from detmix.functional import Sample, Target
+from detmix.training.sampling import EpochBatchSampler, SeededDataset, set_seed
 from detmix.transforms import MixUp
 
 Batch = tuple[list[Tensor], list[Target]]
@@ -26,6 +29,11 @@ class DetectionData(L.LightningDataModule):
     """A COCO-format folder, or the embedded set of drawn shapes.
 
     Images are mixed in pairs within the batch, as uint8, after they have reached the device, so each is decoded once.
+
+    What a step is trained on, and every draw in it, depends on the seed, the epoch, the batch and the rank alone. So a
+    run goes on from the middle of an epoch as if it had not been interrupted, with any number of workers. Processes
+    that train together share out the training images, and mix theirs differently; each validates whole batches of its
+    own, and no image is seen twice.
 
     Args:
         root: The folder. Without one the embedded shapes are drawn into ``data/shapes``.
@@ -39,6 +47,7 @@ class DetectionData(L.LightningDataModule):
             validation images reach it as they are, so that AP is measured in the pixels of the annotations.
         min_visibility: A box of which augmentation leaves a smaller share inside the image is dropped.
         mixup: How and in which epochs to mix; null trains on unmixed images.
+        seed: Of order and draws; on the command line that of ``seed_everything``.
 
     Raises:
         FileNotFoundError, ValueError: if root does not hold a sound COCO-format dataset; see `CocoFolder`.
@@ -56,6 +65,7 @@ class DetectionData(L.LightningDataModule):
         augment: Sequence[A.BasicTransform] = (),
         min_visibility: float = 0.1,
         mixup: MixUp | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if mixup is not None and mixup.inplace:
@@ -66,6 +76,12 @@ class DetectionData(L.LightningDataModule):
         self.num_workers = num_workers
         self.augment = AlbumentationsTransform(augment, min_visibility=min_visibility) if augment else None
         self.mixup = mixup
+        self.seed = seed
+        # Where to begin, an epoch and a batch of it: Lightning asks for the loader before it restores its own progress.
+        self._position = (0, 0)
+        self._epoch = 0  # of the last batch
+        self._images_a_step = 0
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a process without validation images
 
     @cached_property
     def train_set(self) -> CocoFolder:
@@ -100,31 +116,78 @@ class DetectionData(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        """Shuffled batches; the last, smaller one is left out."""
-        if len(self.train_set) < self.batch_size:
+        """Shuffled batches of this process; the last, smaller one is left out.
+
+        Raises:
+            ValueError: if there are not enough images, or a run that stopped within an epoch is to go on with others.
+        """
+        count, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if len(self.train_set) < self.batch_size * count:
             raise ValueError(
-                f"batch_size must be at most the {len(self.train_set)} training images, but is {self.batch_size}."
+                f"batch_size must be at most the {len(self.train_set) // count} training images"
+                f"{' of each process' if count > 1 else ''}, but is {self.batch_size}."
             )
-        return self._loader(self.train_set, shuffle=True, drop_last=True)
+        (epoch, start), self._position = self._position, (0, 0)
+        if start and self._images_a_step != self.batch_size * count:
+            raise ValueError(
+                f"batch_size times processes must be {self._images_a_step}, as it was, since the checkpoint is one of "
+                f"the middle of an epoch, but it is {self.batch_size * count}."
+            )
+        sampler: DistributedSampler[Any] = DistributedSampler(
+            self.train_set, count, rank, shuffle=True, seed=self.seed, drop_last=True
+        )
+        sampler.set_epoch(epoch)
+        batches = EpochBatchSampler(sampler, self.batch_size, start)
+        return self._loader(SeededDataset(self.train_set, self.seed), batches)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """Every validation image once, in order."""
-        return self._loader(self.val_set)
+        """Every validation image once, in order, in the batches that one process would have."""
+        count, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        batches = list(BatchSampler(range(len(self.val_set)), self.batch_size, drop_last=False))
+        share = np.array_split(np.arange(len(batches)), count)[rank]
+        return self._loader(self.val_set, [batches[i] for i in share])
 
-    def _loader(self, dataset: CocoFolder, **options: Any) -> DataLoader[Sample]:
+    def _loader(self, dataset: Any, batches: Any) -> DataLoader[Sample]:
         return DataLoader(
             dataset,
-            self.batch_size,
+            batch_sampler=batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
-            **options,
+            worker_init_fn=_ignore_interrupt,
+            generator=torch.Generator(),  # so that starting workers draws from none that training uses
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on needs of the data: the seed, where to begin, and where the mixup stands."""
+        trainer: Any = self.trainer
+        progress = trainer.fit_loop
+        epoch, batch = progress.epoch_progress.current.processed, progress.epoch_loop.batch_progress.current.ready
+        if epoch == self._epoch and batch == trainer.num_training_batches:  # what is left of it is a validation
+            epoch += 1
+        return {
+            "seed": self.seed,
+            "epoch": epoch,
+            "batch": batch if epoch == self._epoch else 0,
+            "images_a_step": self.batch_size * trainer.world_size,
+            "mixup": None if self.mixup is None else self.mixup.get_extra_state(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where `state_dict` was called."""
+        self.seed, self._images_a_step = state_dict["seed"], state_dict["images_a_step"]
+        self._position = state_dict["epoch"], state_dict["batch"]
+        if self.mixup is not None and state_dict["mixup"] is not None:
+            self.mixup.set_extra_state(state_dict["mixup"])
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check a batch on the CPU, where looking at values costs no wait for the device."""
         check_batch(*batch, num_classes=self.num_classes)
+        if self.trainer and self.trainer.training:
+            loop: Any = self.trainer.fit_loop.epoch_loop
+            self._epoch = self.trainer.current_epoch
+            set_seed(self.seed, self._epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
         return batch
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -134,6 +197,11 @@ class DetectionData(L.LightningDataModule):
             self.mixup.set_epoch(self.trainer.current_epoch)
             images, targets = self.mixup(images, targets)
         return [TF.to_dtype(image, torch.float32, scale=True) for image in images], targets
+
+
+def _ignore_interrupt(worker: int) -> None:
+    # Ctrl-C reaches all processes of a terminal; the one that trains writes a checkpoint before it ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

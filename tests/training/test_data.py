@@ -10,9 +10,18 @@ from detmix.datasets.coco import CocoFolder
 from detmix.training.data import DetectionData
 
 
+def make_trainer(epoch=0, start=0, world_size=1, rank=0, training=True):
+    """What the data module asks of a trainer that is to train a batch of an epoch."""
+    progress = types.SimpleNamespace(current=types.SimpleNamespace(started=epoch + (start > 0), processed=epoch))
+    batches = types.SimpleNamespace(current=types.SimpleNamespace(ready=start))
+    loop = types.SimpleNamespace(epoch_progress=progress, epoch_loop=types.SimpleNamespace(batch_progress=batches))
+    options = {"world_size": world_size, "global_rank": rank, "training": training}
+    return types.SimpleNamespace(current_epoch=epoch, fit_loop=loop, **options)
+
+
 def on_device(data, batch, training=True, epoch=0):
     """What the hook makes of a batch when Lightning calls it."""
-    data.trainer = types.SimpleNamespace(training=training, current_epoch=epoch)
+    data.trainer = make_trainer(epoch, training=training)
     return data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
 
 

@@ -1,0 +1,242 @@
+"""Checkpoints that outlast a kill at any moment, and finding the one to go on from."""
+
+import csv
+import os
+import signal
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+NAMES = ("next.ckpt", "last.ckpt", "previous.ckpt")
+"""The checkpoints to go on from: a whole one that is not renamed yet, the last one, and the one before it."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it, so that a file of that name is whole.
+
+    Lightning's own writes in the folder for temporary files, from where a file may be copied and not renamed.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save ``checkpoint`` at ``path``, a file of this machine or what else Lightning takes."""
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        part = Path(f"{path}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``checkpoints/last.ckpt`` of the run folder, and the one before it as ``previous.ckpt``.
+
+    It is written before a validation, after an epoch and every so many steps. SIGTERM and Ctrl-C are heeded after the
+    step in which they come: a checkpoint is written, and the process ends with status 143 or 130. A second Ctrl-C ends
+    it at once.
+
+    Args:
+        every_n_steps: Optimizer steps between two checkpoints; null for none within an epoch.
+    """
+
+    def __init__(self, every_n_steps: int | None = 1000) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be null or at least 1, but it is {every_n_steps}.")
+        self.every_n_steps = every_n_steps
+        self._handlers: dict[int, Any] = {}
+        self._signal = 0
+        self._step = 0
+        self._moment = ""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Find the run folder, and take the signals from Lightning, which would stop between two steps of one batch."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+        self._signal, self._step = 0, 0
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._heed) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Remember the step of a run that goes on."""
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save if it is time to, or to stop, and gradients are not being accumulated."""
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        is_stopped = self._is_stopped(trainer)
+        is_due = is_stopped or (self.every_n_steps and self._step % self.every_n_steps == 0)
+        # At the end of an epoch a validation may follow, which a run that goes on must not leave out.
+        if is_due and batch_idx + 1 < trainer.num_training_batches:
+            self._save(trainer, "step")
+            if is_stopped:
+                self._stop(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save, so that what was trained is safe if the validation is interrupted."""
+        if trainer.training or trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._save(trainer, "validation")
+        self.on_validation_batch_end(trainer)
+
+    def on_validation_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        """Stop if asked to; all that matters has been saved."""
+        if trainer.state.fn == "fit" and self._signal and trainer.world_size == 1:
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Save after each epoch, its validation included."""
+        self._save(trainer, "epoch")
+        if self._is_stopped(trainer):
+            self._stop(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Note what the run has logged, and whether a validation is to come."""
+        loop = checkpoint["loops"]["fit_loop"]
+        log: dict[str, Any] = {"rows": 0, "step": loop["epoch_loop.state_dict"]["_batches_that_stepped"], "next": None}
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+                log["rows"] = len(_read_rows(Path(logger.log_dir) / "metrics.csv"))
+        connector = trainer._logger_connector
+        if self._moment == "step" and connector.should_update_logs:  # Lightning logs a step after this
+            log["next"] = {name: float(value) for name, value in connector.metrics["log"].items()}
+            log["next"]["epoch"] = trainer.current_epoch
+        checkpoint["log"] = log
+        if self._moment == "validation":
+            # Lightning repeats a validation that was interrupted in a step, and leaves out one that had not begun.
+            progress = loop["epoch_loop.val_loop.batch_progress"]
+            for count in (progress["total"], progress["current"]):
+                count["started"] = count["ready"] = count["processed"] + 1
+
+    def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Give the signals back, as Lightning tears nothing down then."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def teardown(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def _save(self, trainer: L.Trainer, moment: str) -> None:
+        fresh, last, previous = (self._folder / name for name in NAMES)
+        self._moment = moment
+        trainer.save_checkpoint(fresh, weights_only=False)
+        self._moment = ""
+        if trainer.is_global_zero:
+            if last.exists():
+                last.replace(previous)
+            fresh.replace(last)
+
+    def _heed(self, number: int, _: FrameType | None) -> None:
+        self._signal = number
+        name = signal.Signals(number).name
+        sys.stderr.write(f"\n{name}: a checkpoint is written after this step; Ctrl-C stops at once\n")
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _is_stopped(self, trainer: L.Trainer) -> bool:
+        """Whether any process was told to stop."""
+        return trainer.strategy.reduce_boolean_decision(self._signal > 0, all=False)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            sys.stderr.write(f"Stopped after step {trainer.global_step}; --ckpt_path last goes on from there\n")
+        raise SystemExit(128 + (self._signal or signal.SIGTERM))
+
+
+def find_last(run_dir: Path) -> tuple[Path, list[str]] | None:
+    """The checkpoint that the newest run of a folder can go on from, and what is wrong with newer ones.
+
+    Args:
+        run_dir: Holds ``version_<n>/checkpoints``.
+
+    Returns:
+        ``None`` if the newest run has saved nothing yet, or there is none.
+
+    Raises:
+        ValueError: if all its checkpoints are damaged.
+    """
+    versions = [path for path in run_dir.glob("version_*") if path.name.removeprefix("version_").isdigit()]
+    if not versions:
+        return None
+    folder = max(versions, key=lambda path: int(path.name.removeprefix("version_"))) / "checkpoints"
+    paths = [folder / name for name in NAMES if (folder / name).is_file()]
+    damages: list[str] = []
+    for path in paths:
+        damage = find_damage(path)
+        if damage is None:
+            return path, damages
+        damages.append(damage)
+    if damages:
+        raise ValueError(f"no checkpoint of {folder.parent} can be read: {' '.join(damages)}")
+    return None
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint that was cut short or changed; ``None`` if nothing is.
+
+    torch does not compare the checksums that it writes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return f"{path} is damaged: {error}."
+    return None if member is None else f"{path} is damaged: {member} does not have its checksum."
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU, of tensors and plain values only.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds more than that.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} is no file.")
+    if damage := find_damage(path):
+        raise ValueError(damage)
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch makes of bytes that are no checkpoint
+        raise ValueError(f"{path} is no checkpoint of tensors and plain values: {error}") from error
+    return checkpoint
+
+
+@rank_zero_only
+def keep_rows(logger: CSVLogger, count: int) -> None:
+    """Let a logger that goes on in a run's folder keep the first rows of its log, which Lightning's deletes.
+
+    Args:
+        logger: Not yet used.
+        count: The rows that had been written when the checkpoint was.
+    """
+    log = Path(logger.log_dir) / "metrics.csv"
+    kept = log.with_name("metrics.kept.csv")  # should this process be killed before the log is written again
+    if log.exists():
+        log.replace(kept)
+    rows = _read_rows(kept)[:count]
+    logger.experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+    logger.save()
+    kept.unlink(missing_ok=True)
+
+
+def _read_rows(log: Path) -> list[dict[str, Any]]:
+    if not log.exists():
+        return []
+    with log.open(newline="") as file:
+        return list(csv.DictReader(file))
