@@ -105,7 +105,7 @@ def write_record(targets: Sequence[Target], path: Path) -> None:
         path: The JSON file to write.
     """
     ids = [None if (image_id := target.get("image_id")) is None else int(image_id) for target in targets]
-    plan = [Mix.of(target) for target in targets]
+    plan = [Mix.of(target) if "lam" in target else Mix() for target in targets]
     # A partner that is no index among the targets, as a MixUpDataset's, must not end a training.
     partner_ids = [ids[mix.partner] if 0 <= mix.partner < len(ids) else None for mix in plan]
     samples = [

@@ -21,12 +21,13 @@ from detmix.functional import Mix, Target
 from detmix.training.callbacks import Pictures, read_record, write_record, write_samples
 from detmix.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows, read_checkpoint
 from detmix.training.data import Batch, DetectionData, collate
-from detmix.training.module import DetectorModule
+from detmix.training.module import DetectorModule, NonFiniteLossError
 from detmix.transforms import MixUp
 
 NOISE = (
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
     "Experiment logs directory .* exists and is not empty",  # two loggers share the run folder on purpose
+    "Checkpoint directory .* exists and is not empty",  # so it is where a run goes on
     "The dirpath has changed from",  # a checkpoint of one run starts another
     r"\s*Dump of a value that does not round-trip",  # tuples are lists in the saved config
     "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on where it stopped
@@ -41,15 +42,18 @@ class DetectorCLI(LightningCLI):
     """``fit`` and ``validate`` a detector: every argument of module, data, trainer and checkpoint is an option."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(
-            DetectorModule,
-            DetectionData,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            save_config_callback=ConfigCallback,
-            save_config_kwargs={"overwrite": True},
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                DetectorModule,
+                DetectionData,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=ConfigCallback,
+                save_config_kwargs={"overwrite": True},
+                **kwargs,
+            )
+        except NonFiniteLossError as error:
+            sys.exit(f"error: {error}")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -148,6 +152,8 @@ class DetectorCLI(LightningCLI):
         best = next((c.best_model_path for c in monitored if c.best_model_path), None)  # none without a validation
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
         if self.trainer.is_global_zero:
+            if self.model.skipped:
+                sys.stdout.write(f"{self.model.skipped} batches were skipped, as their loss was not finite\n")
             sys.stdout.write(f"Run folder: {self.trainer.log_dir}\n")
 
 

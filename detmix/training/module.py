@@ -1,19 +1,23 @@
 """The Lightning module: a torchvision detector with weighted losses, trained by SGD or AdamW, judged by COCO AP."""
 
+import fnmatch
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torchmetrics.detection import MeanAveragePrecision
 
 from detmix.functional import Target
 from detmix.losses import weight_losses
+from detmix.training.callbacks import write_record
 from detmix.training.detectors import build_detector
 
 # COCO's twelve figures by COCO's names, and what torchmetrics calls them.
@@ -25,6 +29,10 @@ COCO_FIGURES = dict(
         strict=True,
     )
 )
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss of a batch is NaN or infinite; the message names its images."""
 
 
 class DetectorModule(L.LightningModule):
@@ -46,7 +54,16 @@ class DetectorModule(L.LightningModule):
         weight_decay: Of the optimizer.
         warmup_steps: Optimizer steps over which the learning rate rises from a thousandth of its value.
         schedule: How it falls after that: ``cosine`` to 0, or by 10 at each of ``milestones``.
-        milestones: Shares of the whole training, 0 to 1.
+        milestones: Shares of the whole training, 0 to 1, or optimizer steps, above 1.
+        decay_vectors: Whether weight decay counts for parameters of one dimension too: biases, and scales of norms.
+        freeze: Patterns of names of parameters that are not trained, such as ``backbone.body.layer1.*``.
+        freeze_batch_norm: Keep the statistics, scales and biases of batch norms as they were loaded.
+        on_nonfinite: What to do about a batch whose loss is NaN or infinite: ``stop``, or ``skip`` it as if it had not
+            been there, and say at the end how many were skipped. How it was mixed is recorded in the run folder's
+            ``nonfinite/``, for ``tools/preview.py --replay``.
+
+    Raises:
+        ValueError: if a pattern of ``freeze`` fits no parameter; and as `build_detector`.
     """
 
     def __init__(
@@ -66,6 +83,10 @@ class DetectorModule(L.LightningModule):
         warmup_steps: int = 500,
         schedule: Literal["cosine", "multistep"] = "cosine",
         milestones: tuple[float, ...] = (0.67, 0.89),
+        decay_vectors: bool = True,
+        freeze: Sequence[str] = (),
+        freeze_batch_norm: bool = False,
+        on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -79,8 +100,15 @@ class DetectorModule(L.LightningModule):
             fpn_channels=fpn_channels,
             options=options,
         )
+        self._freeze(freeze)
+        if freeze_batch_norm:
+            for norm in self._batch_norms():
+                norm.requires_grad_(False)
         if weighted:
             weight_losses(self.model)
+        self.skipped = 0
+        self._is_step_skipped = True
+        self._statistics: list[Tensor] = []
         iou_types: Any = ("bbox", "segm") if "maskrcnn" in detector.lower() else ("bbox",)
         self.metric = MeanAveragePrecision(
             iou_type=iou_types,
@@ -99,7 +127,81 @@ class DetectorModule(L.LightningModule):
         loss = torch.stack(list(losses.values())).sum()
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
-        return loss
+        if self._everywhere(bool(torch.isfinite(loss))):
+            self._is_step_skipped = False
+            return loss
+        message = self._describe(losses, targets)
+        if self.hparams["on_nonfinite"] == "stop":
+            raise NonFiniteLossError(f"{message} --model.on_nonfinite skip goes on without such batches.")
+        return self._skip(message)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Keep what a batch that is to be skipped may change before its loss is known."""
+        if self.hparams["on_nonfinite"] == "skip":
+            self._statistics = [buffer.clone() for buffer in self.model.buffers()]
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Take no step, neither of momentum nor of decay, if all batches since the last one were skipped."""
+        if self._is_step_skipped:
+            optimizer.zero_grad(set_to_none=True)
+        self._is_step_skipped = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the number of batches that were skipped."""
+        checkpoint["skipped"] = self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting."""
+        self.skipped = checkpoint.get("skipped", 0)
+
+    def train(self, mode: bool = True) -> "DetectorModule":
+        """Switch to training, in which batch norms that are frozen take no part."""
+        super().train(mode)
+        if self.hparams["freeze_batch_norm"]:
+            for norm in self._batch_norms():
+                norm.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Find the run folder while all processes are at the same place."""
+        self._folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+
+    def _everywhere(self, decision: bool) -> bool:
+        return self._trainer is None or self.trainer.strategy.reduce_boolean_decision(decision)
+
+    def _describe(self, losses: dict[str, Tensor], targets: list[Target]) -> str:
+        """Record the batch of this process, and say what was seen of it."""
+        name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.json"
+        write_record(targets, path := self._folder / "nonfinite" / name)
+        terms = ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
+        ids = [target.get("image_id") for target in targets]
+        return f"The loss is not finite at step {self.trainer.global_step}, images {ids}: {terms}; see {path}."
+
+    def _skip(self, message: str) -> Tensor:
+        rank_zero_warn(f"{message} The batch is skipped.")
+        self.skipped += 1
+        for buffer, value in zip(self.model.buffers(), self._statistics, strict=True):
+            buffer.copy_(value)
+        # Of all parameters, as processes that train together wait for the gradient of each.
+        nothing = torch.stack([(parameter * 0).sum() for parameter in self.model.parameters()]).sum()
+        if not torch.isfinite(nothing):
+            raise NonFiniteLossError(f"{message} Skipping cannot help, as the weights themselves are not finite.")
+        return nothing
+
+    def _freeze(self, patterns: Sequence[str]) -> None:
+        named = dict(self.model.named_parameters())
+        for pattern in patterns:
+            names = fnmatch.filter(named, pattern)
+            if not names:
+                raise ValueError(
+                    f"freeze must fit names of parameters, but {pattern!r} fits none of the {len(named)}, such as "
+                    f"{', '.join(list(named)[:3])}."
+                )
+            for name in names:
+                named[name].requires_grad_(False)
+
+    def _batch_norms(self) -> list[nn.Module]:
+        return [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Any:
         """Predict, and hand predictions and targets to COCO evaluation."""
@@ -110,22 +212,27 @@ class DetectorModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log COCO's twelve figures and the AP of each class."""
-        figures = self.metric.compute()
+        figures = self.metric.compute()  # of all processes, so that each logs the same
         self.metric.reset()
+        log = partial(self.log, sync_dist=True, reduce_fx="max")
         for prefix in ("segm_", "bbox_") if "segm_map" in figures else ("",):
             kind = "segm_" if prefix == "segm_" else ""
             for name, key in COCO_FIGURES.items():
-                self.log(f"val/{kind}{name}", figures[prefix + key].float(), prog_bar=name == "AP")
+                log(f"val/{kind}{name}", figures[prefix + key].float(), prog_bar=name == "AP")
             per_class = dict(
                 zip(figures["classes"].reshape(-1).tolist(), figures[f"{prefix}map_per_class"].reshape(-1), strict=True)
             )
             for label, name in enumerate(self.class_names, start=1):
-                self.log(f"val/{kind}AP/{name}", per_class.get(label, torch.tensor(-1.0)).float())
+                log(f"val/{kind}AP/{name}", per_class.get(label, torch.tensor(-1.0)).float())
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all parameters that train, and its schedule by steps."""
         hp = self.hparams
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        parameters: list[Any] = trained
+        if not hp["decay_vectors"]:
+            vectors = {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}
+            parameters = [{"params": [p for p in trained if p.ndim >= 2]}, vectors]
         optimizer: torch.optim.Optimizer
         if hp["optimizer"] == "SGD":
             optimizer = torch.optim.SGD(parameters, hp["lr"], momentum=0.9, weight_decay=hp["weight_decay"])
@@ -149,7 +256,8 @@ def lr_share(step: int, *, total: int, warmup: int, milestones: Sequence[float] 
         step: The optimizer step, from 0.
         total: Steps of the whole training.
         warmup: Steps of the rise; at most half of the training is spent on it.
-        milestones: Shares of the training at which it falls by 10; ``None`` for a cosine to 0 [arXiv:1608.03983].
+        milestones: Shares of the training, or above 1 steps, at which it falls by 10; ``None`` for a cosine to 0
+            [arXiv:1608.03983].
 
     Example:
         >>> [round(lr_share(step, total=110, warmup=10, milestones=None), 3) for step in (0, 10, 60, 110)]
@@ -159,7 +267,8 @@ def lr_share(step: int, *, total: int, warmup: int, milestones: Sequence[float] 
     if step < warmup:
         return 0.001 + 0.999 * step / warmup
     if milestones is not None:
-        return float(0.1 ** sum(step >= round(milestone * total) for milestone in milestones))
+        steps = [round(milestone * total) if milestone <= 1 else milestone for milestone in milestones]
+        return float(0.1 ** sum(step >= milestone for milestone in steps))
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
 
 
