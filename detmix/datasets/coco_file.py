@@ -2,7 +2,7 @@
 
 import gc
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,13 +62,16 @@ class CocoFile:
         report: is called with each defect. If it returns, as the checker's does, reading goes on: the records are
             marked in ``lost`` and left out of whatever they would spoil, so the next defects are found as well.
 
+        content: what was read from it, if it has been.
+
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no json of COCO's three lists, whatever ``report`` does; and as `report` raises.
     """
 
-    def __init__(self, file: Path, report: Report = refuse) -> None:
-        self.file, self.report, self.content = file, report, _parse(file)
+    def __init__(self, file: Path, report: Report = refuse, content: Record | None = None) -> None:
+        self.file, self.report = file, report
+        self.content = _parse(file) if content is None else content
         self.rows: dict[str, list[Record]] = {}
         self.lost: dict[str, npt.NDArray[np.bool_]] = {}
         for table in TABLES:
@@ -114,12 +117,9 @@ class CocoFile:
         again = np.diff(ids[rows], prepend=ids[rows[:1]] - 1) == 0
         if again.any():
             repeated = np.unique(ids[rows[again]]).tolist()
-            self._reject(
-                "duplicate id",
-                table,
-                self._ambiguous(table, rows, again),
-                f"{len(repeated)} ids of {table!r} occur more than once: {some(repeated)}.",
-            )
+            message = f"{len(repeated)} ids of {table!r} occur more than once: {some(repeated)}."
+            for kind, which in self._sort_repeated(table, rows, again).items():
+                self._reject(kind, table, which, message)
         return self._without_lost(table, rows, ids[rows])
 
     def objects(
@@ -291,6 +291,8 @@ class CocoFile:
                 f"categories have {sorted(counts)} keypoints, which do not fit one tensor; "
                 "keypoints=False leaves them out.",
             )
+            message = f"{len(having)} annotations have keypoints of categories that differ in their number."
+            self._reject("unused keypoints", "annotations", having, message)
             return None
         if not counts and used:  # no category names its keypoints: what most annotations have is the number
             lists = [self.rows["annotations"][row]["keypoints"] for row in having.tolist()]
@@ -347,19 +349,23 @@ class CocoFile:
         )
         return has, False
 
-    def _ambiguous(self, table: str, rows: Ints, again: npt.NDArray[np.bool_]) -> Ints:
-        """Of the rows, sorted by id, those that go so that each id stands for one record.
+    def _sort_repeated(self, table: str, rows: Ints, again: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
+        """The rows, sorted by id, whose id occurs ``again``, by kind of defect.
 
-        Of equal records the first stays. Of an image or category that is described in two ways none does: nobody
-        can tell which of the two an annotation means.
+        An image or category that is described in two ways has no right one: nobody can tell which an annotation means.
         """
-        records, gone = self.rows[table], again.copy()
-        start = 0
+        records, found = self.rows[table], defaultdict(set)
+        first = 0
         for n in np.flatnonzero(again).tolist():
-            start = start if again[n - 1] else n - 1
-            if table != "annotations" and records[rows[n]] != records[rows[start]]:
-                gone[start] = True
-        return rows[gone]
+            first = first if again[n - 1] else n - 1
+            row, before = int(rows[n]), int(rows[first])
+            if records[row] == records[before]:
+                found["repeated record"].add(row)
+            elif table == "annotations":
+                found["shared id"].add(row)
+            else:
+                found["ambiguous id"] |= {row, before}
+        return {kind: sorted(which) for kind, which in found.items()}
 
     def _without_lost(self, table: str, rows: Ints, ids: Ints) -> tuple[Ints, Ints]:
         there = ~self.lost[table][rows]
@@ -375,7 +381,7 @@ class CocoFile:
             kind, table, tuple(rows), tuple(self._id(table, row) for row in rows), f"{self.file}: {message}"
         )
         self.report(defect)
-        if defect.severity == "error":
+        if defect.loses:
             self.lost[table][rows] = True
 
     def _reject_value(self, kind: str, key: str, row: int | np.int64, expected: str) -> None:

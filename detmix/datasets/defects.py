@@ -11,6 +11,8 @@ class Kind(NamedTuple):
     """What is wrong."""
     training: Literal["refuses", "leaves out", "copes"]
     """What `CocoFolder` does: raises, goes on without the annotation and warns, or reads it all the same."""
+    cure: str = ""
+    """What becomes of the record in a cleaned copy; without a cure an error is left out, a warning left alone."""
 
 
 KINDS = {
@@ -18,7 +20,9 @@ KINDS = {
     "record": Kind("not a dict", "refuses"),
     "field": Kind("a field is missing", "refuses"),
     "type": Kind("a field of another type", "refuses"),
-    "duplicate id": Kind("an id that occurred before", "refuses"),
+    "repeated record": Kind("the same record again", "refuses"),
+    "ambiguous id": Kind("an id of several records that differ", "refuses"),
+    "shared id": Kind("an id of another annotation", "refuses", "given a new id"),
     # images of the json
     "image size": Kind("height or width not positive", "refuses"),
     "file name": Kind("a file name that leaves the image folder", "refuses"),
@@ -27,28 +31,30 @@ KINDS = {
     "unknown image": Kind("image_id of no image", "refuses"),
     "unknown category": Kind("category_id of no category", "refuses"),
     "crowd flag": Kind("iscrowd neither 0 nor 1", "refuses"),
-    "area": Kind("area not a finite number from 0 up", "refuses"),
+    "area": Kind("area not a finite number from 0 up", "refuses", "area deleted"),
     "box": Kind("box not 4 numbers", "refuses"),
     "box NaN": Kind("box with NaN, infinite or huge numbers", "refuses"),
     "empty box": Kind("box of zero or negative width or height", "leaves out"),
     "box outside": Kind("box wholly outside its image", "leaves out"),
-    "box clipped": Kind("box over the edge of its image by more than a pixel, clipped", "copes"),
+    "box clipped": Kind("box over the edge of its image by more than a pixel", "copes", "box clipped"),
     "polygon": Kind("polygon of odd, too few or other than finite numbers", "refuses"),
     "run-length code": Kind("run-length code of another size or broken", "refuses"),
     "keypoints": Kind("keypoints of the wrong length or not numbers", "refuses"),
-    "keypoint counts": Kind("categories of different numbers of keypoints", "refuses"),
+    "keypoint counts": Kind("categories of different numbers of keypoints", "refuses", "keypoints deleted"),
     "no segmentation": Kind("no mask, although masks are required", "refuses"),
     "no keypoints": Kind("no keypoints, although keypoints are required", "refuses"),
     "partial segmentation": Kind("no mask, so that those of the others are not used", "copes"),
     "partial keypoints": Kind("no keypoints, so that those of the others are not used", "copes"),
-    "unused segmentation": Kind("a broken mask, not used", "copes"),
-    "unused keypoints": Kind("broken keypoints, not used", "copes"),
+    "unused segmentation": Kind("a broken mask, not used", "copes", "mask deleted"),
+    "unused keypoints": Kind("broken keypoints, not used", "copes", "keypoints deleted"),
     # image files
     "missing file": Kind("the file is missing", "refuses"),
     "no image": Kind("no readable image", "refuses"),
     "undecodable": Kind("truncated or damaged, cannot be decoded", "refuses"),
     "file size": Kind("height and width unlike the json's", "refuses"),
-    "turned": Kind("stored turned: the json's height and width are those after EXIF orientation", "refuses"),
+    "turned": Kind(
+        "the json's height and width are those after EXIF orientation", "refuses", "turned and stored again"
+    ),
     "orientation": Kind("EXIF orientation, which is ignored: boxes must be of the stored pixels", "copes"),
     "mislabelled": Kind("of another format than its suffix says, read by content", "copes"),
     "grey": Kind("grey, read as RGB", "copes"),
@@ -72,6 +78,11 @@ class Defect(NamedTuple):
     """Their ids; None for a record without one."""
     message: str
     """File, record, value and what was expected."""
+
+    @property
+    def loses(self) -> bool:
+        """Whether a cleaned copy is without the records."""
+        return self.severity == "error" and not KINDS[self.kind].cure
 
     @property
     def severity(self) -> Literal["error", "warning"]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import PIL.Image
 
@@ -23,7 +23,7 @@ class Header(NamedTuple):
     """Pillow's, but with 16 bits where Pillow would read them as 8."""
 
 
-def read_header(file: Path | IO[bytes]) -> Header:
+def read_header(file: Path) -> Header:
     """Read it.
 
     Raises:
@@ -42,7 +42,7 @@ def read_header(file: Path | IO[bytes]) -> Header:
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
-def read_orientation(file: Path | IO[bytes]) -> int:
+def read_orientation(file: Path) -> int:
     """EXIF's orientation, 1 to 8; 1 where there is none. Of some formats Pillow decodes the pixels for it."""
     try:
         with PIL.Image.open(file) as image:
@@ -58,8 +58,7 @@ def check_files(file: Path, folder: Path, images: Images) -> Iterator[Defect]:
     if missing:
         yield missing
     for n in there:
-        path = folder / images.names[n]
-        if found := check_header(path, path, images.sizes[n].tolist(), file):
+        if found := check_header(folder / images.names[n], images.sizes[n].tolist(), file):
             yield as_defect(found[0], images, [n], found[1])
 
 
@@ -76,10 +75,10 @@ def split_missing(file: Path, folder: Path, images: Images) -> tuple[Defect | No
     return as_defect("missing file", images, gone, message), [n for n, found in enumerate(there) if found]
 
 
-def check_header(source: Path | IO[bytes], path: Path, size: list[int], file: Path) -> tuple[str, str] | None:
+def check_header(path: Path, size: list[int], file: Path) -> tuple[str, str] | None:
     """What is wrong with the header of a file, as kind and message, where the json says ``size``."""
     try:
-        header = read_header(source)
+        header = read_header(path)
     except OSError as error:
         return "no image", f"{path}, listed in {file}, is no readable image: {error}"
     height, width = header.height, header.width
