@@ -242,7 +242,8 @@ def read_rgb(path: Path) -> Tensor:
         with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
             return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
     except Exception as error:  # Pillow's plugins let through whatever a broken file makes them stumble over
-        raise OSError(f"{path} cannot be decoded: {error}") from error
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # which names the bytes' address
+        raise OSError(f"{path} cannot be decoded: {'no known image format' if unknown else error}") from error
 
 
 def _as_planes(pixels: Tensor) -> Tensor:
