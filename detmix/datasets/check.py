@@ -13,6 +13,7 @@ import PIL.Image
 
 from detmix.datasets.coco import find_files, read_rgb
 from detmix.datasets.coco_file import CocoFile, Images
+from detmix.datasets.coco_objects import read_objects
 from detmix.datasets.defects import Defect, some
 from detmix.datasets.image_files import as_defect, check_header, read_header, read_orientation, split_missing
 
@@ -107,7 +108,7 @@ def check_folder(
 def check_records(table: CocoFile, options: dict[str, bool | None]) -> Images:
     """Report all that is wrong with the json alone, and give its images."""
     categories, images = table.categories(), table.images()
-    table.objects(images, categories, crowd=True, masks=options["masks"], keypoints=options["keypoints"])
+    read_objects(table, images, categories, crowd=True, masks=options["masks"], keypoints=options["keypoints"])
     return images
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from detmix.datasets.coco_file import CocoFile, Images, Record
+from detmix.datasets.coco_objects import read_objects
 from detmix.datasets.defects import LISTED, refuse
 from detmix.datasets.image_files import check_files as find_defective
 from detmix.kernels import copy_pixels
@@ -107,7 +108,7 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         if check_files and (remark := self._check_files(listed)):
             warnings.warn(remark, stacklevel=2)
 
-        objects = table.objects(listed, categories, crowd=bool(crowd), masks=masks, keypoints=keypoints)
+        objects = read_objects(table, listed, categories, crowd=bool(crowd), masks=masks, keypoints=keypoints)
         if objects.remark:
             warnings.warn(objects.remark, stacklevel=2)
         self._first, self._boxes, self._labels, self._iscrowd, self._area = objects[:5]

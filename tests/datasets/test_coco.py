@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import resize_boxes
 
 from detmix.datasets import coco
 from detmix.datasets.coco import CocoFolder
@@ -368,6 +369,14 @@ def test_what_the_json_parser_cannot_bear_is_named(write, text):
         CocoFolder(write(None, text))
 
 
+def test_a_list_given_twice_is_named_rather_than_half_read(content, write):
+    text = json.dumps(content)[:-1] + ', "annotations": []}'
+    with pytest.raises(ValueError, match=rf"{FILE} has 'annotations' more than once"):
+        CocoFolder(write(content, text))
+    content["info"] = {"annotations": 5, "images": "annotations"}
+    assert len(CocoFolder(write(content))) == 4
+
+
 def test_reading_leaves_the_garbage_collector_as_it_was(content, write):
     CocoFolder(write(content))
     assert gc.isenabled()
@@ -643,6 +652,7 @@ def test_areas_and_crowd_flags_are_checked(content, write, key, value):
 # Defective boxes are left out with one warning.
 
 DEFECTS = [[5, 5, 0, 4], [5, 5, 4, -1], [30, 5, 4, 4], [5, 20, 4, 4], [-4, 5, 4, 4], [5, -9, 4, 4], [5, 5, 1e-9, 4]]
+DEFECTS += [[5, 5, 4, 0.0099], [29.995, 5, 4, 4]]  # which resized float32 may round to nothing
 
 
 @pytest.mark.parametrize("box", DEFECTS, ids=str)
@@ -674,6 +684,18 @@ def test_boxes_over_the_edge_are_clipped_with_a_warning(content, write, box, cli
     with pytest.warns(UserWarning, match=r"0 are left out .* 1 are clipped .* annotation 3 of 30.png: .* \(clipped\)"):
         dataset = CocoFolder(write(content))
     assert dataset[1][1]["boxes"][1].tolist() == clipped
+
+
+def test_thin_boxes_are_kept_and_stay_sound_when_resized(content, write):
+    content["images"][3] |= {"width": 6000, "height": 8000}
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 5900, (500, 2)).tolist()
+    content["annotations"] = [annotation(n, 30, bbox=[*corner, 0.011, 0.011]) for n, corner in enumerate(corners)]
+    boxes = CocoFolder(write(content), check_files=False, masks=False, keypoints=False)._boxes
+    assert len(boxes) == 500
+    for size in ((800, 600), (1066, 800), (61, 46)):
+        resized = resize_boxes(torch.tensor(boxes), [8000, 6000], size)
+        assert (resized[:, 2:] > resized[:, :2]).all()
 
 
 def test_boxes_a_pixel_over_the_edge_are_clipped_silently(content, write):
