@@ -76,21 +76,25 @@ def find_annotations(root: Path) -> list[str]:
     return found
 
 
+def count(number: int, table: str) -> str:
+    """The number with its noun."""
+    return f"{number} {({'categories': 'category'}.get(table, table[:-1])) if number == 1 else table}"
+
+
 def summarize(check: Any) -> list[str]:
     """What is wrong with one file, in lines."""
     from detmix.datasets.defects import KINDS, some
 
-    counts = [f"{len(rows)} {name}" for name, rows in check.table.rows.items()]
+    counts = [count(len(rows), name) for name, rows in check.table.rows.items()]
     lines = [f"{check.annotations_file}: {', '.join(counts)}"]
     groups = defaultdict(list)
     for defect in check.defects:
         groups[defect.severity, defect.kind, defect.table].append(defect)
     for (severity, kind, table), defects in sorted(groups.items()):
         ids = [number for defect in defects for number in defect.ids]
-        name = table if len(ids) > 1 else {"categories": "category"}.get(table, table[:-1])
-        lines.append(f"  {severity}: {len(ids)} {name}: {KINDS[kind].text}; ids {some(ids)}")
+        lines.append(f"  {severity}: {count(len(ids), table)}: {KINDS[kind].text}; ids {some(ids)}")
         lines += [f"    {d.message.removeprefix(f'{check.annotations_file}: ')}" for d in defects[:SHOWN]]
-    gone = [f"{int(lost.sum())} {name}" for name, lost in check.lost.items() if lost.any()]
+    gone = [count(int(lost.sum()), name) for name, lost in check.lost.items() if lost.any()]
     if gone:
         lines.append(f"  lost to these errors: {', '.join(gone)}")
     elif not check.errors:
@@ -113,6 +117,8 @@ def main() -> int:
     """Check the files that the command line names, and write what it asks for."""
     parser = make_parser()
     args = parser.parse_args()
+    if args.json and args.json.is_dir():
+        parser.error(f"argument --json: {args.json} is a folder")
     if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
         parser.error(f"argument --json: {args.json} cannot be written; is its folder there?")
     try:
@@ -138,8 +144,8 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps([as_record(check) for check in checks], indent=1) + "\n", encoding="utf-8")
     if args.fix:
         listed = write_clean(checks, args.root, args.fix)
-        changes = json.loads(listed.read_text(encoding="utf-8"))
-        show([f"Wrote {args.fix}; {listed} lists {sum(map(len, changes.values()))} records removed or changed."])
+        changes = sum(map(len, json.loads(listed.read_text(encoding="utf-8")).values()))
+        show([f"Wrote {args.fix}; {listed} lists {count(changes, 'records')} removed or changed."])
     return int(any(check.errors for check in checks))
 
 
