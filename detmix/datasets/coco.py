@@ -42,8 +42,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
     - ``area``: float32 ``(N,)``, square pixels; ``iscrowd``: int64 ``(N,)``; ``image_id``: int, the COCO id.
 
     Images come in the order of their ids; those without objects stay in, with N = 0. Whatever is wrong with the file
-    shows at construction. Boxes without width or height or wholly outside their image are left out, and boxes that
-    reach out of it by more than a pixel are clipped, with one warning for all; less than a pixel is clipped silently.
+    shows at construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) or
+    wholly outside their image are left out, and boxes that reach out of it by more than a pixel are clipped, with one
+    warning for all; less than a pixel is clipped silently. File names cannot lead out of the folder of images; symbolic
+    links in it are followed, as whoever made the folder made them. ``tools/check_dataset.py`` lists all mistakes.
 
     Args:
         root: the folder.

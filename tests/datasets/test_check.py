@@ -137,6 +137,14 @@ def test_all_defects_at_once_are_found_and_cleaned(tmp_path):
     assert check_folder(tmp_path / "clean").errors == []
 
 
+def test_a_jpeg_with_another_behind_it_is_a_jpeg(tmp_path):
+    content = make_content()
+    content["images"][2]["file_name"] = "3.jpg"
+    root = write(tmp_path, content)
+    picture(0).save(root / "images/3.jpg", "MPO", save_all=True, append_images=[picture(1)])
+    assert check_folder(root).defects == []
+
+
 @pytest.mark.parametrize(("key", "name"), [("segmentation", "masks"), ("keypoints", "keypoints")])
 def test_masks_and_keypoints_are_required_or_left_alone_as_by_the_reader(tmp_path, key, name):
     content = make_content()

@@ -22,7 +22,9 @@ def failure(monkeypatch, capsys, line):
     with pytest.raises(SystemExit) as exit_info:
         command(monkeypatch, capsys, line)
     assert exit_info.value.code == 2
-    (said,) = capsys.readouterr().err.splitlines()
+    out, err = capsys.readouterr()
+    assert not out  # seen before anything was checked
+    (said,) = err.splitlines()
     assert said.startswith("error: ")
     return said
 
