@@ -117,7 +117,7 @@ def _check_images(file: Path, folder: Path, images: Images, workers: int) -> Ite
     again = [n for n, name in enumerate(images.names) if first[name] != n]
     if again:
         names = list(Counter(images.names[n] for n in again))
-        yield as_defect("repeated file", images, again, f"{file}: {len(names)} files are listed again: {some(names)}.")
+        yield as_defect("repeated file", images, again, f"{file}: listed again: {some(names)}.")
     missing, there = split_missing(file, folder, images)
     if missing:
         yield missing

@@ -96,7 +96,7 @@ def _clip(
     for kind, which in (("empty box", empty), ("box outside", ~sound & ~empty), ("box clipped", clipped)):
         if which.any():
             first = named[np.flatnonzero(which[changed])[0]]
-            message = f"{which.sum()} boxes; x, y, width, height of the first: {first}."
+            message = f"x, y, width, height of the first: {first}."
             table.reject(kind, "annotations", rows[which], message)
     remark = (
         f"{table.file}: of {len(sound)} boxes, {(~sound).sum()} are left out (no width or height, "

@@ -63,7 +63,7 @@ def test_defects_are_counted_with_ids_and_the_first_in_words(monkeypatch, capsys
         "  error: 8 annotations: area not a finite number from 0 up; ids 31, 32, 41, 42, 51, 52, 61, 62",
         *(f"    'area' of annotation {number} is -{row}, {expected}" for row, number in ((4, 31), (5, 32), (6, 41))),
         "  error: 1 annotation: box of zero or negative width or height; ids 11",
-        "    1 boxes; x, y, width, height of the first: annotation 11 of 1.png: [5.0, 5.0, 0.0, 4.0] (left out).",
+        "    x, y, width, height of the first: annotation 11 of 1.png: [5.0, 5.0, 0.0, 4.0] (left out).",
         "  warning: 1 image: grey, read as RGB; ids 3",
         f"    {root}/images/3.png is of mode L.",
         "  lost to these errors: 1 annotation",
