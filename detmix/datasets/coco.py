@@ -7,17 +7,19 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
-import numpy.typing as npt
 import PIL.Image
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detmix.datasets.coco_file import LISTED, CocoFile, Floats, Ints, Record
+from detmix.datasets.coco_file import CocoFile, Images, Record
+from detmix.datasets.coco_objects import read_objects
+from detmix.datasets.defects import LISTED, refuse
+from detmix.datasets.image_files import check_files as find_defective
 from detmix.kernels import copy_pixels
 
 try:
@@ -29,7 +31,7 @@ JPEG = b"\xff\xd8\xff"
 """How a JPEG file begins."""
 
 
-class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]]]):
+class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
     """A folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
 
     The image is a ``tv_tensors.Image``, uint8 ``(3, H, W)``, RGB. The target's keys, for N objects:
@@ -40,8 +42,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]
     - ``area``: float32 ``(N,)``, square pixels; ``iscrowd``: int64 ``(N,)``; ``image_id``: int, the COCO id.
 
     Images come in the order of their ids; those without objects stay in, with N = 0. Whatever is wrong with the file
-    shows at construction. Boxes without width or height or wholly outside their image are left out, and boxes that
-    reach out of it by more than a pixel are clipped, with one warning for all; less than a pixel is clipped silently.
+    shows at construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) or
+    wholly outside their image are left out, and boxes that reach out of it by more than a pixel are clipped, with one
+    warning for all; less than a pixel is clipped silently. File names cannot lead out of the folder of images; symbolic
+    links in it are followed, as whoever made the folder made them. ``tools/check_dataset.py`` lists all mistakes.
 
     Args:
         root: the folder.
@@ -54,6 +58,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]
             annotation has one (and there is an annotation).
         keypoints: the same for keypoints.
         check_files: see that every image is there and has the json's size. Reads headers only.
+        unreadable: what to do about an image that is missing, cannot be decoded or has another size than the json says.
+            ``"raise"`` stops. ``"skip"`` warns at construction of those that are seen there, and in place of the sample
+            ``dataset[i]`` is ``(None, {"image_id": id, "error": message})``, untransformed: plain data that crosses
+            worker processes, for ``collate_fn`` to leave out and count.
 
     Attributes:
         category_ids: ``category_ids[label - 1]`` is the COCO category id.
@@ -87,45 +95,26 @@ class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]
         masks: bool | None = None,
         keypoints: bool | None = None,
         check_files: bool = True,
+        unreadable: Literal["raise", "skip"] = "raise",
     ) -> None:
         self.root, self.transforms = Path(root), transforms
-        self.annotations_file, self.images_folder = _find(self.root, annotations, images)
+        self.annotations_file, self.images_folder = find_files(self.root, annotations, images)
+        self._skip = unreadable == "skip"
+        if unreadable not in ("raise", "skip"):
+            raise ValueError(f"unreadable is {unreadable!r}, expected 'raise' or 'skip'.")
         table = CocoFile(self.annotations_file)
+        categories, listed = table.categories(), table.images()
+        self.category_ids: tuple[int, ...] = tuple(categories.ids.tolist())
+        self.class_names = categories.names
+        self._image_ids, self._names, self._sizes = listed.ids, listed.names, listed.sizes
+        if check_files and (remark := self._check_files(listed)):
+            warnings.warn(remark, stacklevel=2)
 
-        rows, category_ids = table.by_id("categories")
-        names = table.column("categories", "name")
-        self.category_ids: tuple[int, ...] = tuple(category_ids.tolist())
-        self.class_names: tuple[str, ...] = tuple(str(names[row]) for row in rows)
-
-        rows, self._image_ids = table.by_id("images")
-        names = table.column("images", "file_name")
-        self._names = [str(names[row]) for row in rows]
-        self._sizes = np.stack([table.integers("images", key) for key in ("height", "width")], 1)[rows]
-        for row in np.flatnonzero((self._sizes <= 0).any(1)):
-            raise ValueError(
-                f"{self.annotations_file}: image {self._image_ids[row]} ({self._names[row]}) has height, width "
-                f"{self._sizes[row].tolist()}, expected positive numbers."
-            )
-        if check_files:
-            self._check_files()
-
-        _, ids = table.by_id("annotations")
-        image = table.lookup("image_id", self._image_ids)
-        category = table.lookup("category_id", category_ids)
-        iscrowd = table.iscrowd()
-        xywh = table.numbers("bbox", np.arange(len(ids)), 4, "a list of 4 finite numbers (x, y, width, height)")
-        kept = np.flatnonzero((iscrowd == 0) | bool(crowd))
-        boxes, sound = self._clip(table, kept, image[kept], xywh[kept])
-        order = np.argsort(image[kept[sound]], kind="stable")  # one image's objects stand together, in the file's order
-        kept = kept[sound][order]
-
-        self._boxes = boxes[sound][order]
-        self._first = np.searchsorted(image[kept], np.arange(len(self) + 1))  # image i has objects first[i]:first[i+1]
-        self._labels = category[kept] + 1
-        self._iscrowd = iscrowd[kept]
-        self._area = table.area(kept, self._boxes)
-        self._keypoints = None if keypoints is False else table.keypoints(kept, required=bool(keypoints))
-        self._masks = None if masks is False else table.masks(kept, self._sizes[image[kept]], required=bool(masks))
+        objects = read_objects(table, listed, categories, crowd=bool(crowd), masks=masks, keypoints=keypoints)
+        if objects.remark:
+            warnings.warn(objects.remark, stacklevel=2)
+        self._first, self._boxes, self._labels, self._iscrowd, self._area = objects[:5]
+        self._keypoints, self._masks = objects.keypoints, objects.masks
 
     @property
     def num_classes(self) -> int:
@@ -135,13 +124,18 @@ class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: SupportsIndex) -> tuple[tv_tensors.Image, dict[str, Any]]:
+    def __getitem__(self, index: SupportsIndex) -> tuple[Any, dict[str, Any]]:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images of {self.annotations_file}.")
         index %= len(self)
         height, width = self._sizes[index].tolist()
-        image = self._decode(self.images_folder / self._names[index], (height, width))
+        try:
+            image = self._decode(self.images_folder / self._names[index], (height, width))
+        except (OSError, ValueError) as error:
+            if not self._skip:
+                raise
+            return None, {"image_id": int(self._image_ids[index]), "error": str(error)}
         objects = slice(*self._first[index : index + 2].tolist())
         boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies: what a transform changes stays its own
         target: dict[str, Any] = {
@@ -197,62 +191,34 @@ class CocoFolder(torch.utils.data.Dataset[tuple[tv_tensors.Image, dict[str, Any]
         return results
 
     def _decode(self, path: Path, size: tuple[int, int]) -> tv_tensors.Image:
-        try:
-            pixels = _read_rgb(path)
-        except OSError as error:
-            raise OSError(f"{path} cannot be decoded: {error}") from error
+        pixels = read_rgb(path)
         if pixels.shape[1:] != size:
             raise ValueError(
                 f"{path} is {tuple(pixels.shape[1:])} (height, width), but {self.annotations_file} says {size}."
             )
         return tv_tensors.Image(pixels)
 
-    def _check_files(self) -> None:
-        missing = [name for name in self._names if not (self.images_folder / name).is_file()]
-        if missing:
-            raise FileNotFoundError(
-                f"{self.images_folder / missing[0]} is missing, which {self.annotations_file} lists; "
-                f"{len(missing) - 1} more of its {len(self)} images are missing too."
-            )
-        for name, size in zip(self._names, self._sizes.tolist(), strict=True):
-            path = self.images_folder / name
-            try:
-                with PIL.Image.open(path) as header:
-                    width, height = header.size
-            except OSError as error:
-                raise ValueError(f"{path}, listed in {self.annotations_file}, is no readable image: {error}") from error
-            if [height, width] != size:
-                raise ValueError(
-                    f"{path} is {height} high and {width} wide, but {self.annotations_file} says "
-                    f"{size[0]} and {size[1]}."
-                )
-
-    def _clip(
-        self, table: CocoFile, rows: Ints, image: Ints, xywh: Floats
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """The boxes as XYXY inside their images, and which of them are sound."""
-        limits = np.tile(self._sizes[image][:, ::-1], 2)  # (annotations, 4): width, height, width, height
-        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
-        boxes = np.clip(corners, 0, limits).astype(np.float32)
-        sound = (boxes[:, 2:] > boxes[:, :2]).all(1)  # seen in float32, which rounds the thinnest boxes to nothing
-        clipped = sound & (np.abs(corners - np.clip(corners, 0, limits)) > 1).any(1)
-        changed = np.flatnonzero(clipped | ~sound)
-        if len(changed):
-            named = [
-                f"annotation {table.rows['annotations'][rows[n]]['id']} of {self._names[image[n]]}: {xywh[n].tolist()} "
-                f"({'clipped' if sound[n] else 'left out'})"
-                for n in changed[:LISTED]
-            ]
-            warnings.warn(
-                f"{self.annotations_file}: of {len(sound)} boxes, {(~sound).sum()} are left out (no width or height, "
-                f"or wholly outside the image) and {clipped.sum()} are clipped to the image; x, y, width, height of "
-                f"the first {len(named)}: {'; '.join(named)}.",
-                stacklevel=3,
-            )
-        return boxes, sound
+    def _check_files(self, images: Images) -> str | None:
+        """Refuse the first file that cannot be read, or remark on all of them where they are skipped."""
+        found = []
+        for defect in find_defective(self.annotations_file, self.images_folder, images):
+            if not self._skip:
+                refuse(defect)
+            found.append(defect)
+        if not found:
+            return None
+        return (
+            f"{self.annotations_file}: {sum(len(defect.rows) for defect in found)} of {len(self)} images cannot be "
+            f"read and are skipped: {' '.join(defect.message for defect in found[:LISTED])}"
+        )
 
 
-def _find(root: Path, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> tuple[Path, Path]:
+def find_files(root: Path, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The annotations' file and the images' folder, both there.
+
+    Raises:
+        FileNotFoundError: one of the three is not.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"root {root} is not a folder.")
     if not (root / annotations).is_file():
@@ -264,15 +230,23 @@ def _find(root: Path, annotations: str | os.PathLike[str], images: str | os.Path
     return root / annotations, root / images
 
 
-def _read_rgb(path: Path) -> Tensor:
-    """The pixels of a file, uint8 ``(3, H, W)``; torchvision's JPEG decoder gives Pillow's in half the time."""
-    data = np.fromfile(path, np.uint8)
-    if decode_jpeg is not None and data[:3].tobytes() == JPEG:
-        # Of a file that is damaged, and without libjpeg, Pillow says or does what it can.
-        with contextlib.suppress(RuntimeError):
-            return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
-    with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
-        return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
+def read_rgb(path: Path) -> Tensor:
+    """The pixels of a file, uint8 ``(3, H, W)``; torchvision's JPEG decoder gives Pillow's in half the time.
+
+    Raises:
+        OSError: the file is missing or cannot be decoded. The message names it.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+        if decode_jpeg is not None and data[:3].tobytes() == JPEG:
+            # Of a file that is damaged, and without libjpeg, Pillow says or does what it can.
+            with contextlib.suppress(RuntimeError):
+                return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
+        with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
+            return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
+    except Exception as error:  # Pillow's plugins let through whatever a broken file makes them stumble over
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # which names the bytes' address
+        raise OSError(f"{path} cannot be decoded: {'no known image format' if unknown else error}") from error
 
 
 def _as_planes(pixels: Tensor) -> Tensor:

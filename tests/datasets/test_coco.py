@@ -15,6 +15,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+from torchvision.models.detection.transform import resize_boxes
 
 from detmix.datasets import coco
 from detmix.datasets.coco import CocoFolder
@@ -275,6 +276,7 @@ def rle(**keys):
         rle(counts="P" * 13 + "0hb0"),  # 0 in 14 characters, more than 64 bits, and 600
         rle(counts=compressed(PIXELS)["counts"] + "1"),
         rle(counts=compressed(PIXELS)["counts"][:-1] + "é"),
+        rle(counts="\ud800"),
         rle(counts=[]),
         rle(counts=[599]),
         rle(counts=[-1, 601]),
@@ -359,6 +361,20 @@ def test_a_json_of_other_bytes_is_named(content, write):
     (root / "annotations" / FILE).write_bytes(b'{"images": "\xff"}')
     with pytest.raises(ValueError, match=rf"{FILE} is not valid json: .*0xff"):
         CocoFolder(root)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"images": ' + "1" * 5000 + "}"], ids=["nested", "long"])
+def test_what_the_json_parser_cannot_bear_is_named(write, text):
+    with pytest.raises(ValueError, match=rf"{FILE} is not valid json: "):
+        CocoFolder(write(None, text))
+
+
+def test_a_list_given_twice_is_named_rather_than_half_read(content, write):
+    text = json.dumps(content)[:-1] + ', "annotations": []}'
+    with pytest.raises(ValueError, match=rf"{FILE} has 'annotations' more than once"):
+        CocoFolder(write(content, text))
+    content["info"] = {"annotations": 5, "images": "annotations"}
+    assert len(CocoFolder(write(content))) == 4
 
 
 def test_reading_leaves_the_garbage_collector_as_it_was(content, write):
@@ -480,6 +496,80 @@ def test_truncated_images_are_named_when_read(content, write):
         dataset[2]
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated", "other size", "no image"])
+def test_unreadable_images_are_skipped_on_request(content, write, damage):
+    root = write(content)
+    dataset = CocoFolder(root, unreadable="skip", transforms=lambda image, target: (image, target))
+    path = root / "images" / "40.png"
+    whole = path.read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(whole[:200])
+    elif damage == "other size":
+        PIL.Image.new("RGB", (25, 20)).save(path)
+    elif damage == "no image":
+        path.write_text("no image")
+    image, said = dataset[2]
+    assert image is None
+    assert said.keys() == {"image_id", "error"}
+    assert (type(said["image_id"]), said["image_id"]) == (int, 40)
+    assert "40.png" in said["error"]
+    assert pickle.loads(pickle.dumps(said)) == said
+    assert [dataset[i][1]["image_id"] for i in (0, 1, 3)] == [10, 30, 50]
+    with pytest.raises((OSError, ValueError)) as refused:
+        CocoFolder(root, check_files=False)[2]
+    assert str(refused.value) == said["error"]
+    if damage == "truncated":
+        CocoFolder(root, unreadable="skip")  # the header is whole
+        return
+    with pytest.warns(UserWarning, match=rf"{FILE}: 1 of 4 images cannot be read and are skipped: .*40.png") as found:
+        CocoFolder(root, unreadable="skip")
+    assert [warning.filename for warning in found] == [__file__]
+
+
+def test_the_warning_counts_all_images_that_are_skipped(content, write):
+    root = write(content)
+    for number in (10, 30):
+        (root / "images" / f"{number}.png").unlink()
+    (root / "images" / "40.png").write_text("no image")
+    with pytest.warns(UserWarning, match=r"3 of 4 images cannot be read .*10.png is missing.* 1 more.*40.png, listed"):
+        dataset = CocoFolder(root, unreadable="skip")
+    assert [image is None for image, _ in dataset] == [True, True, True, False]
+
+
+def test_a_transform_that_fails_is_no_unreadable_image(content, write):
+    def fail(image, target):
+        raise ValueError("mine")
+
+    with pytest.raises(ValueError, match="mine"):
+        CocoFolder(write(content), unreadable="skip", transforms=fail)[0]
+
+
+def test_unreadable_is_one_of_two_words(content, write):
+    with pytest.raises(ValueError, match="unreadable is 'ignore', expected 'raise' or 'skip'"):
+        CocoFolder(write(content), unreadable="ignore")
+
+
+def test_whatever_a_decoder_raises_names_the_file(content, write, monkeypatch):
+    dataset = CocoFolder(write(content))
+
+    def fail(*args):
+        raise SyntaxError("broken PNG file")
+
+    monkeypatch.setattr(coco.PIL.Image, "open", fail)
+    with pytest.raises(OSError, match=r"10.png cannot be decoded: broken PNG file"):
+        dataset[0]
+    with pytest.raises(ValueError, match=r"10.png, listed in .* is no readable image: SyntaxError: broken PNG file"):
+        CocoFolder(dataset.root)
+
+
+def test_an_image_stored_turned_is_named_so(content, write):
+    root = write(content)
+    PIL.Image.new("RGB", SIZE).save(root / "images" / "40.png", exif=ORIENTED)
+    with pytest.raises(ValueError, match=r"40.png is 30 high and 20 wide, .* 20 and 30, .* EXIF orientation 6"):
+        CocoFolder(root)
+
+
 def jpeg(mode, **options):
     """A JPEG of smooth noise."""
     noise = np.random.default_rng(0).integers(0, 256, (5, 8, len(PIL.Image.new(mode, (1, 1)).getbands())), np.uint8)
@@ -562,6 +652,7 @@ def test_areas_and_crowd_flags_are_checked(content, write, key, value):
 # Defective boxes are left out with one warning.
 
 DEFECTS = [[5, 5, 0, 4], [5, 5, 4, -1], [30, 5, 4, 4], [5, 20, 4, 4], [-4, 5, 4, 4], [5, -9, 4, 4], [5, 5, 1e-9, 4]]
+DEFECTS += [[5, 5, 4, 0.0099], [29.995, 5, 4, 4]]  # which resized float32 may round to nothing
 
 
 @pytest.mark.parametrize("box", DEFECTS, ids=str)
@@ -593,6 +684,18 @@ def test_boxes_over_the_edge_are_clipped_with_a_warning(content, write, box, cli
     with pytest.warns(UserWarning, match=r"0 are left out .* 1 are clipped .* annotation 3 of 30.png: .* \(clipped\)"):
         dataset = CocoFolder(write(content))
     assert dataset[1][1]["boxes"][1].tolist() == clipped
+
+
+def test_thin_boxes_are_kept_and_stay_sound_when_resized(content, write):
+    content["images"][3] |= {"width": 6000, "height": 8000}
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 5900, (500, 2)).tolist()
+    content["annotations"] = [annotation(n, 30, bbox=[*corner, 0.011, 0.011]) for n, corner in enumerate(corners)]
+    boxes = CocoFolder(write(content), check_files=False, masks=False, keypoints=False)._boxes
+    assert len(boxes) == 500
+    for size in ((800, 600), (1066, 800), (61, 46)):
+        resized = resize_boxes(torch.tensor(boxes), [8000, 6000], size)
+        assert (resized[:, 2:] > resized[:, :2]).all()
 
 
 def test_boxes_a_pixel_over_the_edge_are_clipped_silently(content, write):

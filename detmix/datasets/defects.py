@@ -1,0 +1,120 @@
+"""What can be wrong with a COCO-format set, and what training does about it: one table for reader and checker."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+
+class Kind(NamedTuple):
+    """One kind of defect."""
+
+    text: str
+    """What is wrong."""
+    training: Literal["refuses", "leaves out", "copes"]
+    """What `CocoFolder` does: raises, goes on without the annotation and warns, or reads it all the same."""
+    cure: str = ""
+    """What becomes of the record in a cleaned copy; without a cure an error is left out, a warning left alone."""
+
+
+KINDS = {
+    # records of the json
+    "record": Kind("not a dict", "refuses"),
+    "field": Kind("a field is missing", "refuses"),
+    "type": Kind("a field of another type", "refuses"),
+    "repeated record": Kind("the same record again", "refuses"),
+    "ambiguous id": Kind("an id of several records that differ", "refuses"),
+    "shared id": Kind("an id of another annotation", "refuses", "given a new id"),
+    # images of the json
+    "image size": Kind("height or width not positive", "refuses"),
+    "file name": Kind("a file name that leaves the image folder", "refuses"),
+    "repeated file": Kind("a file listed under several ids", "copes"),
+    # annotations
+    "unknown image": Kind("image_id of no image", "refuses"),
+    "unknown category": Kind("category_id of no category", "refuses"),
+    "crowd flag": Kind("iscrowd neither 0 nor 1", "refuses"),
+    "area": Kind("area not a finite number from 0 up", "refuses", "area deleted"),
+    "box": Kind("box not 4 numbers", "refuses"),
+    "box NaN": Kind("box with NaN, infinite or huge numbers", "refuses"),
+    "empty box": Kind("box of zero or negative width or height", "leaves out"),
+    "box outside": Kind("box wholly outside its image", "leaves out"),
+    "box clipped": Kind("box over the edge of its image by more than a pixel", "copes", "box clipped"),
+    "polygon": Kind("polygon of odd, too few or other than finite numbers", "refuses"),
+    "run-length code": Kind("run-length code of another size or broken", "refuses"),
+    "keypoints": Kind("keypoints of the wrong length or not numbers", "refuses"),
+    "keypoint counts": Kind("categories of different numbers of keypoints", "refuses", "keypoints deleted"),
+    "no segmentation": Kind("no mask, although masks are required", "refuses"),
+    "no keypoints": Kind("no keypoints, although keypoints are required", "refuses"),
+    "partial segmentation": Kind("no mask, so that those of the others are not used", "copes"),
+    "partial keypoints": Kind("no keypoints, so that those of the others are not used", "copes"),
+    "unused segmentation": Kind("a broken mask, not used", "copes", "mask deleted"),
+    "unused keypoints": Kind("broken keypoints, not used", "copes", "keypoints deleted"),
+    # image files
+    "missing file": Kind("the file is missing", "refuses"),
+    "no image": Kind("no readable image", "refuses"),
+    "undecodable": Kind("truncated or damaged, cannot be decoded", "refuses"),
+    "file size": Kind("height and width unlike the json's", "refuses"),
+    "turned": Kind(
+        "the json's height and width are those after EXIF orientation", "refuses", "turned and stored again"
+    ),
+    "orientation": Kind("EXIF orientation, which is ignored: boxes must be of the stored pixels", "copes"),
+    "mislabelled": Kind("of another format than its suffix says, read by content", "copes"),
+    "grey": Kind("grey, read as RGB", "copes"),
+    "CMYK": Kind("CMYK, read as RGB", "copes"),
+    "16 bits": Kind("more than 8 bits a channel, read as 8", "copes"),
+    "link": Kind("a symbolic link to a file outside the image folder", "copes"),
+}
+"""Every kind of defect, by its name."""
+
+
+class Defect(NamedTuple):
+    """One mistake, of one record or of several that share it."""
+
+    kind: str
+    """A key of `KINDS`."""
+    table: str
+    """``images``, ``annotations`` or ``categories``."""
+    rows: tuple[int, ...]
+    """Where the records stand in the file's list, from 0."""
+    ids: tuple[Any, ...]
+    """Their ids; None for a record without one."""
+    message: str
+    """File, record, value and what was expected."""
+
+    @property
+    def loses(self) -> bool:
+        """Whether a cleaned copy is without the records."""
+        return self.severity == "error" and not KINDS[self.kind].cure
+
+    @property
+    def severity(self) -> Literal["error", "warning"]:
+        """An error is what training refuses or goes on without."""
+        return "warning" if KINDS[self.kind].training == "copes" else "error"
+
+
+Report = Callable[[Defect], None]
+"""What is called with each defect as it is found; raise, or return to go on."""
+
+
+def refuse(defect: Defect) -> None:
+    """Raise what training does not go on with.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: any other defect that training refuses.
+    """
+    if KINDS[defect.kind].training == "refuses":
+        raise (FileNotFoundError if defect.kind == "missing file" else ValueError)(defect.message)
+
+
+def short(value: object) -> str:
+    """The ``repr``, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+
+
+def some(values: list[Any]) -> str:
+    """The first values, and how many more there are."""
+    more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
+    return ", ".join(map(str, values[:LISTED])) + more
+
+
+LISTED = 10  # how many offenders a message lists
