@@ -52,8 +52,8 @@ class DetectorCLI(LightningCLI):
                 save_config_kwargs={"overwrite": True},
                 **kwargs,
             )
-        except NonFiniteLossError as error:
-            sys.exit(f"error: {error}")
+        except (NonFiniteLossError, OSError) as error:  # the last line of an error that comes from a worker is its own
+            sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -151,6 +151,9 @@ class DetectorCLI(LightningCLI):
         monitored = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         best = next((c.best_model_path for c in monitored if c.best_model_path), None)  # none without a validation
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
+        if skipped := self.datamodule.skipped:
+            ids = ", ".join(map(str, sorted(skipped)))
+            sys.stdout.write(f"{len(skipped)} images were skipped, as they could not be read: {ids}\n")
         if self.trainer.is_global_zero:
             if self.model.skipped:
                 sys.stdout.write(f"{self.model.skipped} batches were skipped, as their loss was not finite\n")
@@ -211,8 +214,7 @@ class PreviewCLI(DetectorCLI):
 
 def _first_batch(data: DetectionData, count: int) -> Batch:
     data.batch_size, data.num_workers = count, 0
-    batch: Batch = next(iter(data.train_dataloader()))
-    return batch
+    return data.drop_unreadable(next(iter(data.train_dataloader())))
 
 
 def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Target], list[Mix]]:

@@ -1,10 +1,11 @@
 """The Lightning data module: COCO-format folders, Albumentations on the CPU, mixup on the device."""
 
 import signal
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import albumentations as A
 import lightning as L
@@ -48,6 +49,8 @@ class DetectionData(L.LightningDataModule):
         min_visibility: A box of which augmentation leaves a smaller share inside the image is dropped.
         mixup: How and in which epochs to mix; null trains on unmixed images.
         seed: Of order and draws; on the command line that of ``seed_everything``.
+        unreadable: What to do about an image that cannot be decoded: ``raise``, which stops the run by its name, or
+            ``skip`` it, with a warning and the count at the end.
 
     Raises:
         FileNotFoundError, ValueError: if root does not hold a sound COCO-format dataset; see `CocoFolder`.
@@ -66,6 +69,7 @@ class DetectionData(L.LightningDataModule):
         min_visibility: float = 0.1,
         mixup: MixUp | None = None,
         seed: int = 0,
+        unreadable: Literal["raise", "skip"] = "raise",
     ) -> None:
         super().__init__()
         if mixup is not None and mixup.inplace:
@@ -78,6 +82,8 @@ class DetectionData(L.LightningDataModule):
         self.mixup = mixup
         self.seed = seed
         # Where to begin, an epoch and a batch of it: Lightning asks for the loader before it restores its own progress.
+        self.unreadable = unreadable
+        self.skipped: set[int] = set()  # image ids
         self._position = (0, 0)
         self._epoch = 0  # of the last batch
         self._images_a_step = 0
@@ -105,7 +111,7 @@ class DetectionData(L.LightningDataModule):
 
     def _read(self, split: str, **options: Any) -> CocoFolder:
         root = Path(draw_shapes("data/shapes") if self.root is None else self.root)
-        return CocoFolder(root, *self.splits[split], **options)
+        return CocoFolder(root, *self.splits[split], unreadable=self.unreadable, **options)
 
     def setup(self, stage: str) -> None:
         """Read and check both splits before anything is trained."""
@@ -171,18 +177,21 @@ class DetectionData(L.LightningDataModule):
             "epoch": epoch,
             "batch": batch if epoch == self._epoch else 0,
             "images_a_step": self.batch_size * trainer.world_size,
+            "skipped": sorted(self.skipped),
             "mixup": None if self.mixup is None else self.mixup.get_extra_state(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was called."""
         self.seed, self._images_a_step = state_dict["seed"], state_dict["images_a_step"]
+        self.skipped = set(state_dict["skipped"])
         self._position = state_dict["epoch"], state_dict["batch"]
         if self.mixup is not None and state_dict["mixup"] is not None:
             self.mixup.set_extra_state(state_dict["mixup"])
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Check a batch on the CPU, where looking at values costs no wait for the device."""
+        """Check a batch, and seed what is drawn for it, before it leaves the CPU, where no look at it waits."""
+        batch = self.drop_unreadable(batch)
         check_batch(*batch, num_classes=self.num_classes)
         if self.trainer and self.trainer.training:
             loop: Any = self.trainer.fit_loop.epoch_loop
@@ -190,10 +199,21 @@ class DetectionData(L.LightningDataModule):
             set_seed(self.seed, self._epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
         return batch
 
+    def drop_unreadable(self, batch: Batch) -> Batch:
+        """The samples of a batch whose images could be decoded; the others are named once, and counted."""
+        read = []
+        for image, target in zip(*batch, strict=True):
+            if image is not None:
+                read.append((image, target))
+            elif target["image_id"] not in self.skipped:
+                self.skipped.add(target["image_id"])
+                warnings.warn(f"image {target['image_id']} is skipped: {target['error']}", stacklevel=2)
+        return [image for image, _ in read], [target for _, target in read]
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Mix a training batch on its device, then make the images float32 in [0, 1]."""
         images, targets = batch
-        if self.mixup and self.trainer and self.trainer.training:
+        if self.mixup and images and self.trainer and self.trainer.training:
             self.mixup.set_epoch(self.trainer.current_epoch)
             images, targets = self.mixup(images, targets)
         return [TF.to_dtype(image, torch.float32, scale=True) for image in images], targets

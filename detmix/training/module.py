@@ -123,11 +123,11 @@ class DetectorModule(L.LightningModule):
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """The sum of torchvision's loss terms, each logged."""
         images, targets = batch
-        losses: dict[str, Tensor] = self.model(images, targets)
-        loss = torch.stack(list(losses.values())).sum()
-        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images))
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images))
-        if self._everywhere(bool(torch.isfinite(loss))):
+        losses: dict[str, Tensor] = self.model(images, targets) if images else {}  # none could be read
+        loss = torch.stack([*losses.values()]).sum() if losses else self._nothing()
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()}, batch_size=len(images) or 1)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(images) or 1)
+        if self._everywhere(bool(torch.isfinite(loss.detach()))):
             self._is_step_skipped = False
             return loss
         message = self._describe(losses, targets)
@@ -173,20 +173,23 @@ class DetectorModule(L.LightningModule):
         """Record the batch of this process, and say what was seen of it."""
         name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.json"
         write_record(targets, path := self._folder / "nonfinite" / name)
-        terms = ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
+        terms = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in losses.items())
         ids = [target.get("image_id") for target in targets]
         return f"The loss is not finite at step {self.trainer.global_step}, images {ids}: {terms}; see {path}."
 
     def _skip(self, message: str) -> Tensor:
+        nothing = self._nothing()
+        if not torch.isfinite(nothing.detach()):
+            raise NonFiniteLossError(f"{message} Skipping cannot help, as the weights themselves are not finite.")
         rank_zero_warn(f"{message} The batch is skipped.")
         self.skipped += 1
         for buffer, value in zip(self.model.buffers(), self._statistics, strict=True):
             buffer.copy_(value)
-        # Of all parameters, as processes that train together wait for the gradient of each.
-        nothing = torch.stack([(parameter * 0).sum() for parameter in self.model.parameters()]).sum()
-        if not torch.isfinite(nothing):
-            raise NonFiniteLossError(f"{message} Skipping cannot help, as the weights themselves are not finite.")
         return nothing
+
+    def _nothing(self) -> Tensor:
+        """0, of all parameters, as processes that train together wait for the gradient of each."""
+        return torch.stack([(parameter * 0).sum() for parameter in self.model.parameters()]).sum()
 
     def _freeze(self, patterns: Sequence[str]) -> None:
         named = dict(self.model.named_parameters())
@@ -206,7 +209,7 @@ class DetectorModule(L.LightningModule):
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Any:
         """Predict, and hand predictions and targets to COCO evaluation."""
         images, targets = batch
-        predictions: list[dict[str, Tensor]] = self.model(images)
+        predictions: list[dict[str, Tensor]] = self.model(images) if images else []
         self.metric.update([_for_metric(p) for p in predictions], [_for_metric(t) for t in targets])
         return predictions
 

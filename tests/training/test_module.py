@@ -1,17 +1,21 @@
 import contextlib
+import functools
 import io
 import json
 import types
 
+import lightning as L
 import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detmix.datasets.coco import CocoFolder
+from detmix.functional import Mix
 from detmix.losses import weight_losses
+from detmix.training.callbacks import read_record
 from detmix.training.detectors import build_detector
-from detmix.training.module import COCO_FIGURES, DetectorModule
+from detmix.training.module import COCO_FIGURES, DetectorModule, NonFiniteLossError, lr_share
 
 SMALL = {"detector": "FCOS", "backbone": "resnet18", "fpn_channels": 32, "options": {"min_size": 64, "max_size": 64}}
 
@@ -143,3 +147,137 @@ def test_its_state_dict_is_that_of_the_plain_torchvision_model():
 
 def test_hyperparameters_are_plain_enough_for_a_safe_checkpoint():
     json.dumps(dict(make().hparams))
+
+
+def nan_batch():
+    """A batch that makes the loss NaN, and the statistics of batch norms too."""
+    images, targets = batch()
+    images[0][0, 0, 0] = float("nan")
+    return images, [target | {"image_id": 7 + i} for i, target in enumerate(targets)]
+
+
+class Batches(torch.utils.data.Dataset):
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, index):
+        return self.batches[index]
+
+
+def fit(module, batches, tmp_path, **options):
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(Batches(batches), batch_size=None)
+    trainer.fit(module, loader)
+    return trainer
+
+
+TRAINED = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*batch_size.*"),
+]
+
+
+def with_marks(function):
+    return functools.reduce(lambda marked, mark: mark(marked), TRAINED, function)
+
+
+@with_marks
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(tmp_path):
+    with pytest.raises(
+        NonFiniteLossError, match=r"not finite at step 1, images \[7, 8\]: .*nan; see .*step_1_rank_0.json"
+    ):
+        fit(make(), [batch(), nan_batch()], tmp_path)
+    assert read_record(tmp_path / "nonfinite/step_1_rank_0.json") == ([7, 8], [Mix(), Mix()])
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@with_marks
+def test_a_skipped_batch_leaves_no_trace(precision, tmp_path):
+    options = {"on_nonfinite": "skip", "optimizer": "AdamW", "lr": 0.01, "warmup_steps": 0, "schedule": "multistep"}
+    module, wanted = make(**options), make(**options)
+    with pytest.warns(UserWarning, match=r"The loss is not finite at step 1, images \[7, 8\].*The batch is skipped"):
+        fit(module, [batch(), nan_batch(), batch(0.5)], tmp_path, precision=precision)
+    fit(wanted, [batch(), batch(0.5)], tmp_path, precision=precision)
+    assert module.skipped == 1
+    assert all(
+        torch.equal(value, wanted.state_dict()[key])
+        for key, value in module.state_dict().items()
+        if "num_batches_tracked" not in key
+    )
+
+
+@with_marks
+def test_of_accumulated_batches_the_finite_ones_count(tmp_path):
+    options = {"on_nonfinite": "skip", "lr": 0.01, "warmup_steps": 0}
+    module, before = make(**options), make(**options).state_dict()
+    with pytest.warns(UserWarning, match="The batch is skipped"):
+        fit(module, [nan_batch(), batch()], tmp_path, accumulate_grad_batches=2)
+    key = "model.head.classification_head.cls_logits.weight"
+    assert not torch.equal(module.state_dict()[key], before[key])
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
+
+
+@with_marks
+def test_where_the_weights_are_not_finite_skipping_stops_too(tmp_path):
+    module = make(on_nonfinite="skip")
+    module.model.head.classification_head.cls_logits.bias.data.fill_(float("nan"))
+    with pytest.raises(NonFiniteLossError, match="Skipping cannot help, as the weights themselves are not finite"):
+        fit(module, [batch()], tmp_path)
+
+
+@with_marks
+def test_a_batch_without_images_changes_nothing_but_the_count(tmp_path):
+    module, before = make(lr=0.01, weight_decay=0.0), make().state_dict()
+    trainer = fit(module, [([], [])], tmp_path)
+    assert trainer.global_step == 1
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def test_frozen_parameters_are_not_trained():
+    module = make(freeze=["backbone.body.conv1.*", "backbone.body.layer[12].*"])
+    frozen = {name for name, p in module.model.named_parameters() if not p.requires_grad}
+    prefixes = tuple(f"backbone.body.{name}" for name in ("conv1", "layer1", "layer2"))
+    assert frozen == {name for name, _ in module.model.named_parameters() if name.startswith(prefixes)}
+    with pytest.raises(
+        ValueError, match=r"freeze must fit names of parameters, but 'neck.\*' fits none of the .* such"
+    ):
+        make(freeze=["neck.*"])
+
+
+def test_frozen_batch_norms_stay_as_they_were_loaded(monkeypatch):
+    module = make(freeze_batch_norm=True).train()
+    before = {name: buffer.clone() for name, buffer in module.model.named_buffers()}
+    logged(module, monkeypatch)
+    module.training_step(batch(), 0).backward()
+    assert all(torch.equal(buffer, before[name]) for name, buffer in module.model.named_buffers())
+    assert module.model.backbone.body.bn1.weight.grad is None
+    assert module.model.backbone.body.conv1.weight.grad is not None
+
+
+def test_weight_decay_may_leave_out_vectors():
+    module = make(decay_vectors=False)
+    module.trainer = types.SimpleNamespace(estimated_stepping_batches=100)
+    decayed, others = module.configure_optimizers()["optimizer"].param_groups
+    assert {p.ndim for p in others["params"]} == {1}
+    assert 1 not in {p.ndim for p in decayed["params"]}
+    assert (decayed["weight_decay"], others["weight_decay"]) == (1e-4, 0.0)
+    assert len(decayed["params"]) + len(others["params"]) == len(list(module.model.parameters()))
+
+
+def test_milestones_are_shares_or_steps():
+    rates = [lr_share(step, total=100, warmup=0, milestones=(0.5, 80)) for step in (49, 50, 79, 80)]
+    assert rates == pytest.approx([1, 0.1, 0.1, 0.01])
