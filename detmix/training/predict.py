@@ -122,7 +122,7 @@ def predict(
         >>> import tempfile
         >>> from detmix.datasets.shapes import draw_shapes
         >>> from detmix.training.detectors import build_detector
-        >>> model = build_detector("FCOS", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64}).eval()
+        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64}).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
         ...     [(image.shape[0], image_id, sorted(found)) for image, image_id, found in predict(model, dataset, print)]
@@ -165,7 +165,7 @@ def draw_prediction(
         torch.Size([3, 50, 100])
     """
     keep = prediction["scores"] >= min_score
-    found = {key: value[keep] for key, value in prediction.items()}
+    found = {key: value[keep].flip(0) for key, value in prediction.items()}  # the best are drawn last, on top
     found["source"] = found["labels"] - 1
     colors = [_COLORS[k % len(_COLORS)] for k in range(len(class_names))]
     if keep.any() and "masks" in found:
@@ -210,7 +210,7 @@ def write_predictions(
         >>> import tempfile
         >>> from detmix.datasets.shapes import draw_shapes
         >>> from detmix.training.detectors import build_detector
-        >>> model = build_detector("FCOS", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64}).eval()
+        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64}).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
         ...     ids = write_predictions(model, dataset, folder, print)
