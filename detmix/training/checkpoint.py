@@ -2,6 +2,7 @@
 
 import inspect
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def _read(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be a file, but there is no {path}.")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says more
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise ValueError(

@@ -122,7 +122,8 @@ def predict(
         >>> import tempfile
         >>> from detmix.datasets.shapes import draw_shapes
         >>> from detmix.training.detectors import build_detector
-        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64}).eval()
+        >>> options = {"min_size": 64, "max_size": 64}
+        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options=options).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
         ...     [(image.shape[0], image_id, sorted(found)) for image, image_id, found in predict(model, dataset, print)]
@@ -210,7 +211,8 @@ def write_predictions(
         >>> import tempfile
         >>> from detmix.datasets.shapes import draw_shapes
         >>> from detmix.training.detectors import build_detector
-        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64}).eval()
+        >>> options = {"min_size": 64, "max_size": 64}
+        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options=options).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
         ...     ids = write_predictions(model, dataset, folder, print)
