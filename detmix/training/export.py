@@ -54,7 +54,8 @@ def export_onnx(model: nn.Module, class_names: Sequence[str]) -> bytes:
     The input ``image`` is float32 ``(3, H, W)``, RGB in [0, 1]: resizing, normalisation and non-maximum suppression are
     in the model. Its outputs are those of torchvision for one image: ``boxes`` ``(N, 4)``, XYXY in pixels, ``labels``
     and ``scores`` ``(N,)``, and ``masks`` ``(N, 1, H, W)`` or ``keypoints`` ``(N, K, 3)`` and ``keypoints_scores``. Its
-    metadata say which label is what: ``class_names`` is the json of a list that label 1 is the first of.
+    metadata say which label is what: ``class_names`` is the json of a list that label 1 is the first of. Label 0, the
+    background, can come from FCOS and RetinaNet, as in torch; it is no object.
 
     Args:
         model: A detector of torchvision.

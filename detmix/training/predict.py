@@ -115,8 +115,8 @@ def predict(
         device: Where the model is.
 
     Yields:
-        The image, uint8 ``(3, H, W)``, its COCO id and its prediction, of which the boxes are XYXY in its pixels; all
-        on the CPU.
+        The image, uint8 ``(3, H, W)``, its COCO id and its prediction, of which the boxes are XYXY in its pixels and
+        no label is 0, the background; all on the CPU.
 
     Example:
         >>> import tempfile
@@ -141,7 +141,8 @@ def predict(
         with torch.inference_mode():
             predictions = model([TF.to_dtype(image.to(device), torch.float32, scale=True) for image, _ in read])
         for (image, image_id), prediction in zip(read, predictions, strict=True):
-            yield image, image_id, {key: value.cpu() for key, value in prediction.items()}
+            objects = prediction["labels"] > 0  # FCOS and RetinaNet score the background as a class of its own
+            yield image, image_id, {key: value[objects].cpu() for key, value in prediction.items()}
 
 
 def draw_prediction(

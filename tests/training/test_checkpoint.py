@@ -88,7 +88,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
             return eval, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
 
     torch.save({"state_dict": {}, "hyper_parameters": Code()}, tmp_path / "best.ckpt")
-    with pytest.raises(ValueError, match="holds more than tensors and plain values.*could run any code"):
+    with pytest.raises(ValueError, match=r"holds more than tensors and plain values.*could run any code"):
         load_detector(tmp_path / "best.ckpt")
     assert not (tmp_path / "ran").exists()
 
