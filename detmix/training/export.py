@@ -218,6 +218,8 @@ class _Resize(GeneralizedRCNNTransform):  # type: ignore[misc]
         if self.fixed_size is not None:
             return super().resize(image, target)  # type: ignore[no-any-return]
         size = torch._shape_as_tensor(image)[-2:].double()
-        scale = torch.minimum(self.min_size[-1] / size.min(), self.max_size / size.max())
+        # In tensors of one dimension, since the exporter computes with those of none in float32.
+        limits = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
+        scale = (limits / torch.stack([size.min(), size.max()])).amin(0, keepdim=True)
         new: Any = (size * scale).floor().long().unbind()  # tensors, for the trace to keep
         return F.interpolate(image[None], size=new, mode="bilinear", align_corners=False)[0], target
