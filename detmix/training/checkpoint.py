@@ -1,0 +1,111 @@
+"""Read the detector back from a checkpoint that a run has saved: no code in it is run, and nothing is downloaded."""
+
+import inspect
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.ops import FrozenBatchNorm2d
+
+from detmix.training.detectors import build_detector
+
+_ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
+"""Builders that set the eps of their batch norms to 0 with their COCO_V1 weights; a state dict does not tell."""
+
+
+def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build the detector of a checkpoint, a plain model of torchvision in eval mode on the CPU.
+
+    The checkpoint is read with ``weights_only=True``, which runs none of its code, and no file that it names is opened.
+
+    Args:
+        path: A checkpoint of `DetectorModule`, such as ``runs/demo/version_0/checkpoints/best.ckpt``.
+
+    Returns:
+        The detector, its losses not weighted, and the names of classes 1, 2, ...
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, holds more than tensors and plain values, or is not of a `DetectorModule`.
+
+    Example:
+        >>> import tempfile
+        >>> from detmix.training.module import DetectorModule
+        >>> options = {"min_size": 64, "max_size": 64}
+        >>> module = DetectorModule(3, ["cat", "dog"], "FCOS", backbone="resnet18", fpn_channels=32, options=options)
+        >>> checkpoint = {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict()}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(checkpoint, f"{folder}/best.ckpt")
+        ...     model, class_names = load_detector(f"{folder}/best.ckpt")
+        >>> type(model).__name__, class_names
+        ('FCOS', ('cat', 'dog'))
+    """
+    path = Path(path)
+    checkpoint = _read(path)
+    parts = [
+        checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("hyper_parameters", "state_dict")
+    ]
+    settings, saved = parts
+    if not (isinstance(settings, dict) and isinstance(saved, dict) and {"detector", "num_classes"} <= settings.keys()):
+        found = sorted(map(str, checkpoint)) if isinstance(checkpoint, dict) else type(checkpoint).__name__
+        raise ValueError(
+            f"checkpoint {path} must hold the state_dict and the hyper_parameters detector and num_classes of a "
+            f"DetectorModule, but it holds {found if len(found) < 20 else f'{len(found)} keys'}."
+        )
+    state = {key.removeprefix("model."): value for key, value in saved.items() if key.startswith("model.")}
+    try:
+        model = _rebuild(settings, state)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(
+            f"checkpoint {path} does not fit its own detector, {settings['detector']!r}: {error}"
+        ) from error
+    names = settings.get("class_names") or range(1, settings["num_classes"])
+    return model.eval(), tuple(map(str, names))
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint must be a file, but there is no {path}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says more
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
+        raise ValueError(
+            f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values, which is not read since "
+            f"it could run any code{reason and f': {reason}'}."
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} is damaged or no checkpoint: {error or type(error).__name__}.") from error
+
+
+def _rebuild(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
+    known = inspect.signature(build_detector).parameters.keys() - {"name", "num_classes"}
+    # All weights are in the state: what training started from is neither downloaded nor read.
+    arguments = {key: settings[key] for key in known & settings.keys()} | {"weights": None, "weights_backbone": None}
+    model = build_detector(settings["detector"], settings["num_classes"], **arguments)
+    # torchvision freezes the batch norms of backbones that start from weights, and a frozen one counts no batches.
+    frozen = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.BatchNorm2d) and f"{name}.num_batches_tracked" not in state
+    ]
+    for name in frozen:
+        norm = model.get_submodule(name)
+        assert isinstance(norm, nn.BatchNorm2d)
+        eps = 0.0 if _has_zero_eps(settings["detector"], settings.get("weights")) else norm.eps
+        model.set_submodule(name, FrozenBatchNorm2d(norm.num_features, eps))
+    model.load_state_dict(state)
+    return model
+
+
+def _has_zero_eps(name: str, weights: str | None) -> bool:
+    if name not in _ZERO_EPS or weights is None or weights.endswith((".pt", ".pth", ".ckpt")):
+        return False
+    known = models.get_model_weights(name)
+    return bool(known.verify(weights) == known["COCO_V1"])

@@ -1,0 +1,284 @@
+"""Predict with a trained detector: images in, COCO results and drawn pictures out."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import PIL.Image
+import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import draw_keypoints, draw_segmentation_masks
+
+from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco_file import CocoFile
+from detmix.visualize import draw_sample
+
+Prediction = dict[str, Tensor]
+Report = Callable[[str], object]
+_COLORS = [to_hex(color) for color in colormaps["tab10"].colors]  # type: ignore[attr-defined]
+
+
+def list_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = None) -> list[Path]:
+    """The image files among files and in folders, each once, sorted.
+
+    Args:
+        paths: Files, taken whatever they are called, and folders, searched with all folders in them for files that are
+            called as images are.
+        leave_out: A folder that is not searched.
+
+    Raises:
+        FileNotFoundError: if one of the paths does not exist, or there is no image at all.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("b.JPG", "a.png", "notes.txt"):
+        ...         Path(folder, name).touch()
+        ...     [path.name for path in list_images([folder])]
+        ['a.png', 'b.JPG']
+    """
+    left_out = None if leave_out is None else Path(leave_out).resolve()
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"images must be files or folders, but there is no {path}.")
+        inside = [file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS and file.is_file()]
+        for file in inside if path.is_dir() else [path]:
+            if left_out is None or path.is_file() or left_out not in file.resolve().parents:
+                found.setdefault(file.resolve(), file)
+    if not found:
+        raise FileNotFoundError(
+            f"images must be files or folders that hold {', '.join(IMG_EXTENSIONS)}, but there are none in "
+            f"{', '.join(map(str, paths))}."
+        )
+    return sorted(found.values())
+
+
+def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, list[dict[str, Any]]]:
+    """Number files and classes from 1 in COCO's form; only the headers of the images are read.
+
+    Args:
+        files: The image files.
+        class_names: The names of classes 1, 2, ...
+        report: Called with a message for each file that is no image; it has no record, but its number.
+
+    Returns:
+        ``images`` (``id``, ``file_name``, ``width``, ``height``), ``categories`` (``id``, ``name``) and no
+        ``annotations``.
+
+    Example:
+        >>> table = make_table([Path("no/such.png")], ["cat"], print)
+        no/such.png cannot be read: [Errno 2] No such file or directory: 'no/such.png'
+        >>> table
+        {'images': [], 'annotations': [], 'categories': [{'id': 1, 'name': 'cat'}]}
+    """
+    images = []
+    for number, file in enumerate(files, 1):
+        try:
+            with PIL.Image.open(file) as header:
+                width, height = header.size
+        except Exception as error:  # Pillow's readers raise what they like on a damaged file
+            report(f"{file} cannot be read: {error}")
+        else:
+            images.append({"id": number, "file_name": file.as_posix(), "width": width, "height": height})
+    categories = [{"id": label, "name": name} for label, name in enumerate(class_names, 1)]
+    return {"images": images, "annotations": [], "categories": categories}
+
+
+def predict(
+    model: nn.Module,
+    dataset: CocoFolder,
+    report: Report,
+    *,
+    batch_size: int = 1,
+    num_workers: int = 0,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[Tensor, int, Prediction]]:
+    """Predict on every image of a dataset, in order; targets are not looked at.
+
+    A detector of torchvision pads the images of a batch to one size, which moves predictions a little; those of a batch
+    of 1 depend on no other image.
+
+    Args:
+        model: A detector of torchvision, in eval mode and on ``device``.
+        dataset: Its images, without transforms.
+        report: Called with a message for each image that cannot be read; the others go on.
+        batch_size: Images a batch.
+        num_workers: Processes that read images; with 0 this one does.
+        device: Where the model is.
+
+    Yields:
+        The image, uint8 ``(3, H, W)``, its COCO id and its prediction, of which the boxes are XYXY in its pixels and
+        no label is 0, the background; all on the CPU.
+
+    Example:
+        >>> import tempfile
+        >>> from detmix.datasets.shapes import draw_shapes
+        >>> from detmix.training.detectors import build_detector
+        >>> options = {"min_size": 64, "max_size": 64}
+        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options=options).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
+        ...     [(image.shape[0], image_id, sorted(found)) for image, image_id, found in predict(model, dataset, print)]
+        [(3, 1, ['boxes', 'labels', 'scores']), (3, 2, ['boxes', 'labels', 'scores'])]
+    """
+    loader: DataLoader[Any] = DataLoader(
+        _Readable(dataset), batch_size, num_workers=num_workers, collate_fn=list, pin_memory=False
+    )
+    for samples in loader:
+        for message in (sample for sample in samples if isinstance(sample, str)):
+            report(message)
+        read = [sample for sample in samples if not isinstance(sample, str)]
+        if not read:
+            continue
+        with torch.inference_mode():
+            predictions = model([TF.to_dtype(image.to(device), torch.float32, scale=True) for image, _ in read])
+        for (image, image_id), prediction in zip(read, predictions, strict=True):
+            objects = prediction["labels"] > 0  # FCOS and RetinaNet score the background as a class of its own
+            yield image, image_id, {key: value[objects].cpu() for key, value in prediction.items()}
+
+
+def draw_prediction(
+    image: Tensor, prediction: Prediction, class_names: Sequence[str], *, min_score: float = 0.3, size: int = 640
+) -> Tensor:
+    """Draw boxes, masks and keypoints of a prediction into its image, coloured by class.
+
+    Args:
+        image: uint8 ``(3, H, W)``.
+        prediction: What a detector of torchvision returns.
+        class_names: The names of classes 1, 2, ...
+        min_score: Predictions below this score are not drawn.
+        size: The longer side of the picture, in pixels.
+
+    Returns:
+        The picture, uint8 ``(3, H', W')``.
+
+    Example:
+        >>> prediction = {"boxes": torch.tensor([[2.0, 2.0, 9.0, 9.0]])} | {
+        ...     "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+        >>> draw_prediction(torch.zeros(3, 10, 20, dtype=torch.uint8), prediction, ["cat"], size=100).shape
+        torch.Size([3, 50, 100])
+    """
+    keep = prediction["scores"] >= min_score
+    found = {key: value[keep].flip(0) for key, value in prediction.items()}  # the best are drawn last, on top
+    found["source"] = found["labels"] - 1
+    colors = [_COLORS[k % len(_COLORS)] for k in range(len(class_names))]
+    if keep.any() and "masks" in found:
+        masks = found["masks"].flatten(1, -3).squeeze(1) > 0.5  # (N, 1, H, W) to (N, H, W)
+        own = [colors[k] for k in found["source"].tolist()]
+        image = draw_segmentation_masks(image, masks, alpha=0.4, colors=own)
+    if keep.any() and "keypoints" in found:
+        image = draw_keypoints(
+            image, found["keypoints"][..., :2], colors="white", radius=max(1, max(image.shape) // 200)
+        )
+    return draw_sample(image, found, class_names, size=size, colors=colors)
+
+
+def write_predictions(
+    model: nn.Module,
+    dataset: CocoFolder,
+    output: str | Path,
+    report: Report,
+    *,
+    min_score: float = 0.3,
+    pictures: bool = True,
+    **options: Any,
+) -> list[int]:
+    """Predict on every image of a dataset and write ``predictions.json`` and ``pictures/``.
+
+    The json is a list of COCO results, as ``pycocotools.coco.COCO.loadRes`` takes it, of all that the detector returns.
+    It is written whole or not at all, and last.
+
+    Args:
+        model: A detector of torchvision, in eval mode.
+        dataset: Its images, which also say what image and category ids are.
+        output: The folder to write into.
+        report: Called with a message for each image that cannot be read; the others go on.
+        min_score: Predictions below this score are not drawn; all are in the json.
+        pictures: Whether to draw.
+        options: Of `predict`.
+
+    Returns:
+        The ids of the images that were predicted on.
+
+    Example:
+        >>> import tempfile
+        >>> from detmix.datasets.shapes import draw_shapes
+        >>> from detmix.training.detectors import build_detector
+        >>> options = {"min_size": 64, "max_size": 64}
+        >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options=options).eval()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
+        ...     ids = write_predictions(model, dataset, folder, print)
+        ...     ids, sorted(path.name for path in Path(folder, "pictures").iterdir())
+        ([1, 2], ['train_00000.png', 'train_00001.png'])
+    """
+    output = Path(output)
+    files = {row["id"]: row["file_name"] for row in CocoFile(dataset.annotations_file).rows["images"]}
+    targets = _picture_paths(files) if pictures else {}
+    results: list[dict[str, Any]] = []
+    ids = []
+    for image, image_id, prediction in predict(model, dataset, report, **options):
+        ids.append(image_id)
+        results += dataset.to_coco(image_id, prediction)
+        if pictures:
+            path = output / "pictures" / targets[image_id]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture = TF.to_pil_image(draw_prediction(image, prediction, dataset.class_names, min_score=min_score))
+            fresh = path.with_name(f"{path.name}.tmp")
+            picture.save(fresh, "PNG")
+            fresh.replace(path)
+    write_json(results, output / "predictions.json")
+    return ids
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Write a json file, whole or not at all.
+
+    Args:
+        content: What ``json.dumps`` takes.
+        path: The file; its folder is made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_name(f"{path.name}.tmp")
+    fresh.write_text(json.dumps(content) + "\n")
+    fresh.replace(path)
+
+
+class _Readable(Dataset[Any]):
+    """The images of a dataset with their ids, or a message in place of one that cannot be read."""
+
+    def __init__(self, dataset: CocoFolder) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
+        try:
+            image, target = self.dataset[index]
+        except Exception as error:  # Pillow's readers raise what they like on a damaged file
+            return str(error)
+        return image.as_subclass(Tensor), target["image_id"]
+
+
+def _picture_paths(files: dict[int, str]) -> dict[int, PurePath]:
+    """A PNG's path inside the output folder for each image id: the image's own, less the folder that all share."""
+    absolute = {image_id: os.path.abspath(file) for image_id, file in files.items()}
+    shared = os.path.commonpath([os.path.dirname(file) for file in absolute.values()])
+    paths: dict[int, PurePath] = {}
+    taken = set()
+    for image_id, file in absolute.items():
+        path = PurePath(os.path.relpath(file, shared)).with_suffix(".png")
+        if path in taken:  # cat.jpg beside cat.png
+            path = path.with_name(f"{path.stem}_{image_id}.png")
+        taken.add(path)
+        paths[image_id] = path
+    return paths
