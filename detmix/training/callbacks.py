@@ -39,12 +39,16 @@ class Pictures(L.Callback):
         self.min_score = min_score
         self._validated: list[Tensor] = []
 
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Ask for the run folder where all processes do: they agree on it together."""
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
+
     @rank_zero_only
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Draw the first batch of training and the first that is mixed."""
         images, targets = batch
         is_mixed = any(target.get("lam", 1) < 1 for target in targets)
-        if not (path := self._folder(trainer) / ("mixed.png" if is_mixed else "train.png")).exists():
+        if not (path := self._folder / ("mixed.png" if is_mixed else "train.png")).exists():
             if is_mixed:
                 write_record(targets, path.with_suffix(".json"))
             write_samples(images[: self.num_images], targets, pl_module.class_names, path)
@@ -60,7 +64,7 @@ class Pictures(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Write the predictions, and the curves up to now."""
         if self._validated and not trainer.sanity_checking:
-            _write(self._validated, self._folder(trainer) / "predictions.png", columns=3)
+            _write(self._validated, self._folder / "predictions.png", columns=3)
             self.draw_curves(trainer)
         self._validated = []
 
@@ -70,7 +74,7 @@ class Pictures(L.Callback):
             if isinstance(logger, CSVLogger):
                 logger.save()
                 if (log := Path(logger.log_dir) / "metrics.csv").exists():
-                    draw_curves(log, self._folder(trainer) / "curves.png")
+                    draw_curves(log, self._folder / "curves.png")
 
     def _draw(self, image: Tensor, target: Target, prediction: Target, class_names: list[str]) -> Tensor:
         keep = prediction["scores"] >= self.min_score
@@ -80,9 +84,6 @@ class Pictures(L.Callback):
             for boxes, color in ((target, GROUND_TRUTH), (found, PREDICTION))
         ]
         return draw_grid(pair, columns=2)
-
-    def _folder(self, trainer: L.Trainer) -> Path:
-        return Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
 
 
 def write_samples(images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], path: Path) -> None:

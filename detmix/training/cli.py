@@ -14,7 +14,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor
+from torch import Tensor, distributed
 
 from detmix.datasets.coco_file import CocoFile
 from detmix.functional import Mix, Target
@@ -54,6 +54,8 @@ class DetectorCLI(LightningCLI):
             )
         except (NonFiniteLossError, OSError) as error:  # the last line of an error that comes from a worker is its own
             sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+        if distributed.is_initialized():  # its threads would now and then abort the process as it ends
+            distributed.destroy_process_group()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -151,13 +153,14 @@ class DetectorCLI(LightningCLI):
         monitored = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         best = next((c.best_model_path for c in monitored if c.best_model_path), None)  # none without a validation
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
+        log_dir = self.trainer.log_dir  # on which all processes agree together
         if skipped := self.datamodule.skipped:
             ids = ", ".join(map(str, sorted(skipped)))
             sys.stdout.write(f"{len(skipped)} images were skipped, as they could not be read: {ids}\n")
         if self.trainer.is_global_zero:
             if self.model.skipped:
                 sys.stdout.write(f"{self.model.skipped} batches were skipped, as their loss was not finite\n")
-            sys.stdout.write(f"Run folder: {self.trainer.log_dir}\n")
+            sys.stdout.write(f"Run folder: {log_dir}\n")
 
 
 class ConfigCallback(SaveConfigCallback):

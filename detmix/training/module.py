@@ -13,12 +13,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torchmetrics.detection import MeanAveragePrecision
 
 from detmix.functional import Target
 from detmix.losses import weight_losses
 from detmix.training.callbacks import write_record
 from detmix.training.detectors import build_detector
+from detmix.training.metric import GatheredAP
 
 # COCO's twelve figures by COCO's names, and what torchmetrics calls them.
 COCO_FIGURES = dict(
@@ -110,7 +110,7 @@ class DetectorModule(L.LightningModule):
         self._is_step_skipped = True
         self._statistics: list[Tensor] = []
         iou_types: Any = ("bbox", "segm") if "maskrcnn" in detector.lower() else ("bbox",)
-        self.metric = MeanAveragePrecision(
+        self.metric = GatheredAP(
             iou_type=iou_types,
             # COCO's own thresholds: torchmetrics' are rounded to float32, and miss recalls that hit one exactly.
             iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),

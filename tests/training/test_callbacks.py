@@ -76,6 +76,7 @@ def test_predictions_below_the_least_score_are_left_out(score, drawn, tmp_path):
     callback = Pictures(num_images=1, min_score=0.3)
     trainer = types.SimpleNamespace(log_dir=str(tmp_path), sanity_checking=False, loggers=[])
     module = types.SimpleNamespace(class_names=["cat"])
+    callback.setup(trainer, module, "fit")
     truth = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     found = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1]), "scores": torch.tensor([score])}
     callback.on_validation_batch_end(trainer, module, [found, found], ([torch.zeros(3, 50, 50)] * 2, [truth] * 2))
@@ -114,6 +115,7 @@ def test_an_interrupted_write_leaves_the_record_that_was_there(sample, monkeypat
 def test_the_first_mixed_batch_of_a_training_is_drawn_in_part_and_recorded_whole(sample, tmp_path):
     callback = Pictures(num_images=1)
     trainer, module = types.SimpleNamespace(log_dir=str(tmp_path)), types.SimpleNamespace(class_names=["a", "b", "c"])
+    callback.setup(trainer, module, "fit")
     plans = [[Mix()] * 4, PLAN, PLAN[::-1]]
     written = []
     for plan in plans:
