@@ -87,7 +87,6 @@ class DetectionData(L.LightningDataModule):
         self._position = (0, 0)
         self._epoch = 0  # of the last batch
         self._images_a_step = 0
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # a process without validation images
 
     @cached_property
     def train_set(self) -> CocoFolder:
@@ -151,7 +150,8 @@ class DetectionData(L.LightningDataModule):
         count, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         batches = list(BatchSampler(range(len(self.val_set)), self.batch_size, drop_last=False))
         share = np.array_split(np.arange(len(batches)), count)[rank]
-        return self._loader(self.val_set, [batches[i] for i in share])
+        # Lightning would leave out the validation, and with it AP's exchange, in a process that has no batch.
+        return self._loader(self.val_set, [batches[i] for i in share] or [[]])
 
     def _loader(self, dataset: Any, batches: Any) -> DataLoader[Sample]:
         return DataLoader(
@@ -226,5 +226,4 @@ def _ignore_interrupt(worker: int) -> None:
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Images of any sizes as a list, and their targets as another."""
-    images, targets = zip(*samples, strict=True)
-    return list(images), list(targets)
+    return [image for image, _ in samples], [target for _, target in samples]
