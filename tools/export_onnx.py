@@ -27,19 +27,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Export a trained detector to ONNX.", epilog=EPILOG)
     parser.add_argument("checkpoint", help="A checkpoint of tools/train.py, such as best.ckpt.")
     parser.add_argument("--output", default="model.onnx", help="The file to write; model.onnx by default.")
-    parser.add_argument(
+    check = parser.add_mutually_exclusive_group()
+    check.add_argument(
         "--check",
         nargs="+",
         metavar="IMAGE",
         help="Images, or folders of them, to compare onnxruntime and torch on, such as those of the validation split. "
         "By default 16 drawn shapes, in which a detector of other things may find nothing.",
     )
-    parser.add_argument("--no_check", action="store_true", help="Write without a comparison.")
+    check.add_argument("--no_check", action="store_true", help="Write without a comparison.")
     args = parser.parse_args()
     try:
         return _export(args)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -54,7 +55,7 @@ def _export(args: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as folder:
             parity = check_onnx(content, model, _read(Path(folder), images))
         sys.stdout.write(f"Compared {parity.detections} detections in {parity.images} images, onnxruntime to torch\n")
-        for key, value in parity.differences.items():
+        for key, value in sorted(parity.differences.items()):
             sys.stdout.write(f"  {key}: largest difference {value:.2e}, tolerance {TOLERANCES[key]:g}\n")
         if not parity.holds:
             sys.stderr.write(f"Not written: they differ, and {parity.unmatched} detections have no counterpart\n")

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,11 +33,11 @@ def main() -> int:
     parser.add_argument("--no_pictures", action="store_true", help="Write the json only.")
     parser.add_argument(
         "--batch_size",
-        type=_positive,
+        type=_at_least(1),
         default=1,
         help="Images a batch, 1 by default. The images of a batch are padded to one size, which moves boxes a little.",
     )
-    parser.add_argument("--num_workers", type=int, default=0, help="Processes that read images; 0 by default.")
+    parser.add_argument("--num_workers", type=_at_least(0), default=0, help="Processes that read images; 0 by default.")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"Such as cpu or cuda:1; {default} here by default.")
     args = parser.parse_args()
@@ -44,7 +45,7 @@ def main() -> int:
     try:
         _predict(args, lambda message: (unreadable.append(message), sys.stderr.write(f"{message}\n")))
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.exit(2, f"error: {error}\n")
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     return 1 if unreadable else 0
 
 
@@ -94,7 +95,7 @@ def _predict(args: argparse.Namespace, report) -> None:
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # which meta has no answer to
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for the device
         raise ValueError(
             f"device must be one of this machine, but is {name!r}: {str(error).splitlines()[0]}"
@@ -102,11 +103,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, but it is {number}")
-    return number
+def _at_least(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if (number := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"expected {least} or more, but it is {number}")
+        return number
+
+    return integer
 
 
 if __name__ == "__main__":

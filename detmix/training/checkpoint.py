@@ -60,8 +60,9 @@ def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
     try:
         model = _rebuild(settings, state)
     except (ValueError, TypeError, RuntimeError) as error:
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of a line for each layer
         raise ValueError(
-            f"checkpoint {path} does not fit its own detector, {settings['detector']!r}: {error}"
+            f"checkpoint {path} does not fit its own detector, {settings['detector']!r}: {first}"
         ) from error
     names = settings.get("class_names") or range(1, settings["num_classes"])
     return model.eval(), tuple(map(str, names))

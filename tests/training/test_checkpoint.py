@@ -115,7 +115,7 @@ def test_what_is_no_checkpoint_is_said_to_be_none(write, message, saved, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_classes": 9}, "size mismatch for roi_heads.box_predictor.cls_score.weight"),
+        ({"num_classes": 9}, "Error.* size mismatch for roi_heads.box_predictor.cls_score.weight"),
         ({"num_classes": "four"}, ""),
         ({"detector": "yolo"}, "detector must be one of"),
         ({"options": [SMALL]}, "must be a mapping"),
@@ -126,7 +126,7 @@ def test_settings_that_do_not_fit_the_weights_are_an_error(change, message, save
     checkpoint["hyper_parameters"] |= change
     torch.save(checkpoint, tmp_path / "best.ckpt")
     said = f"best.ckpt does not fit its own detector, {change.get('detector', 'FasterRCNN')!r}: "
-    with pytest.raises(ValueError, match=f"{re.escape(said)}(.|\n)*{message}"):
+    with pytest.raises(ValueError, match=f"{re.escape(said)}.*{message}"):
         load_detector(tmp_path / "best.ckpt")
 
 
