@@ -48,7 +48,7 @@ class Pictures(L.Callback):
         """Draw the first batch of training and the first that is mixed."""
         images, targets = batch
         is_mixed = any(target.get("lam", 1) < 1 for target in targets)
-        if not (path := self._folder / ("mixed.png" if is_mixed else "train.png")).exists():
+        if images and not (path := self._folder / ("mixed.png" if is_mixed else "train.png")).exists():
             if is_mixed:
                 write_record(targets, path.with_suffix(".json"))
             write_samples(images[: self.num_images], targets, pl_module.class_names, path)

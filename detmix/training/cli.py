@@ -155,8 +155,9 @@ class DetectorCLI(LightningCLI):
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
         log_dir = self.trainer.log_dir  # on which all processes agree together
         if skipped := self.datamodule.skipped:
-            ids = ", ".join(map(str, sorted(skipped)))
-            sys.stdout.write(f"{len(skipped)} images were skipped, as they could not be read: {ids}\n")
+            ids = ", ".join(f"{image_id} of {split}" for split, image_id in sorted(skipped))
+            count = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
+            sys.stdout.write(f"{count} skipped, as {'it' if len(skipped) == 1 else 'they'} could not be read: {ids}\n")
         if self.trainer.is_global_zero:
             if self.model.skipped:
                 sys.stdout.write(f"{self.model.skipped} batches were skipped, as their loss was not finite\n")
@@ -217,7 +218,10 @@ class PreviewCLI(DetectorCLI):
 
 def _first_batch(data: DetectionData, count: int) -> Batch:
     data.batch_size, data.num_workers = count, 0
-    return data.drop_unreadable(next(iter(data.train_dataloader())))
+    batch = data.drop_unreadable(next(iter(data.train_dataloader())), "train")
+    if not batch[0]:
+        raise ValueError(f"num_images of {count} drew images none of which can be read.")
+    return batch
 
 
 def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Target], list[Mix]]:
@@ -231,7 +235,11 @@ def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Tar
                 f"image_id of sample {i} of {record} is {image_id}, which is not one of the {len(known)} images of "
                 f"{dataset.annotations_file}."
             )
-    return *collate([dataset[index] for index in np.searchsorted(known, image_ids)]), plan
+    images, targets = collate([dataset[index] for index in np.searchsorted(known, image_ids)])
+    for image, target in zip(images, targets, strict=True):
+        if image is None:  # the plan names its samples by their place, so none can be left out
+            raise ValueError(target["error"])
+    return images, targets, plan
 
 
 def _as_seed(seed: bool | int) -> int:

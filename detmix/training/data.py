@@ -81,9 +81,9 @@ class DetectionData(L.LightningDataModule):
         self.augment = AlbumentationsTransform(augment, min_visibility=min_visibility) if augment else None
         self.mixup = mixup
         self.seed = seed
-        # Where to begin, an epoch and a batch of it: Lightning asks for the loader before it restores its own progress.
         self.unreadable = unreadable
-        self.skipped: set[int] = set()  # image ids
+        self.skipped: set[tuple[str, int]] = set()  # split and image id: those of one split may be another's too
+        # Where to begin, an epoch and a batch of it: Lightning asks for the loader before it restores its own progress.
         self._position = (0, 0)
         self._epoch = 0  # of the last batch
         self._images_a_step = 0
@@ -184,14 +184,14 @@ class DetectionData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was called."""
         self.seed, self._images_a_step = state_dict["seed"], state_dict["images_a_step"]
-        self.skipped = set(state_dict["skipped"])
+        self.skipped = set(map(tuple, state_dict["skipped"]))
         self._position = state_dict["epoch"], state_dict["batch"]
         if self.mixup is not None and state_dict["mixup"] is not None:
             self.mixup.set_extra_state(state_dict["mixup"])
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Check a batch, and seed what is drawn for it, before it leaves the CPU, where no look at it waits."""
-        batch = self.drop_unreadable(batch)
+        batch = self.drop_unreadable(batch, "train" if self.trainer and self.trainer.training else "val")
         check_batch(*batch, num_classes=self.num_classes)
         if self.trainer and self.trainer.training:
             loop: Any = self.trainer.fit_loop.epoch_loop
@@ -199,14 +199,14 @@ class DetectionData(L.LightningDataModule):
             set_seed(self.seed, self._epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
         return batch
 
-    def drop_unreadable(self, batch: Batch) -> Batch:
-        """The samples of a batch whose images could be decoded; the others are named once, and counted."""
+    def drop_unreadable(self, batch: Batch, split: str) -> Batch:
+        """The samples of a split's batch whose images could be decoded; the others are named once, and counted."""
         read = []
         for image, target in zip(*batch, strict=True):
             if image is not None:
                 read.append((image, target))
-            elif target["image_id"] not in self.skipped:
-                self.skipped.add(target["image_id"])
+            elif (split, target["image_id"]) not in self.skipped:
+                self.skipped.add((split, target["image_id"]))
                 warnings.warn(f"image {target['image_id']} is skipped: {target['error']}", stacklevel=2)
         return [image for image, _ in read], [target for _, target in read]
 

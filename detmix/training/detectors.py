@@ -1,5 +1,6 @@
 """Build torchvision's detectors by name."""
 
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,9 @@ from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+_log = logging.getLogger(__name__)
+_LISTED = 8  # names in a message: a new head has four
 
 # Meta-architectures that take any feature pyramid: the ResNet stages and the further levels that torchvision's own
 # builders give each, so that its default anchors fit.
@@ -52,7 +56,8 @@ def build_detector(
             ``RetinaNet``, ``FasterRCNN``, ``MaskRCNN`` and ``KeypointRCNN``.
         num_classes: Background, class 0, included.
         weights: The name of torchvision weights such as ``"DEFAULT"``, or the file of a state dict, for the whole
-            detector. Where they were trained on other classes, all that does not fit stays as initialised.
+            detector. Where they were trained on other classes, all that does not fit stays as initialised, and the log
+            names it.
         weights_backbone: The name of torchvision weights for the backbone.
         backbone: A ResNet of torchvision, such as ``"resnet18"``, under a feature pyramid.
         fpn_channels: Channels of that pyramid, and so of the heads; a multiple of 32.
@@ -123,5 +128,16 @@ def _read_state_dict(path: str) -> dict[str, Tensor]:
 
 def _load_what_fits(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     own = model.state_dict()
-    model.load_state_dict({k: v for k, v in state.items() if k in own and v.shape == own[k].shape}, strict=False)
+    fits = {key: value for key, value in state.items() if key in own and value.shape == own[key].shape}
+    model.load_state_dict(fits, strict=False)
+    names = [name for name, _ in model.named_parameters()]
+    if left := [name for name in names if name not in fits]:
+        more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
+        _log.warning(
+            "%d of %d parameters stay as initialised, as weights has none of their name and shape: %s%s",
+            len(left),
+            len(names),
+            ", ".join(left[:_LISTED]),
+            more,
+        )
     return model

@@ -128,6 +128,15 @@ def test_the_first_mixed_batch_of_a_training_is_drawn_in_part_and_recorded_whole
     assert pixels(tmp_path / "pictures/mixed.png").shape[1] < 500  # one sample
 
 
+def test_the_first_batch_that_has_images_is_drawn(sample, tmp_path):
+    trainer, module = types.SimpleNamespace(log_dir=str(tmp_path)), types.SimpleNamespace(class_names=["a", "b", "c"])
+    callback = Pictures()
+    callback.on_train_batch_start(trainer, module, ([], []), 0)  # none could be read
+    assert not (tmp_path / "pictures").exists()
+    callback.on_train_batch_start(trainer, module, mixed(sample), 1)
+    assert (tmp_path / "pictures/mixed.png").is_file()
+
+
 def test_a_partner_from_outside_the_batch_and_a_target_without_an_id_are_recorded_all_the_same(sample, tmp_path):
     _, targets = mixed(sample)
     targets[0]["partner"] = 4711  # an index in a dataset, as MixUpDataset writes it

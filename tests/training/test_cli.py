@@ -2,6 +2,8 @@ import csv
 import functools
 import json
 import re
+import shutil
+import warnings
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +14,7 @@ import torch
 import yaml
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
+from detmix.datasets.shapes import draw_shapes
 from detmix.training.callbacks import read_record
 from detmix.training.cli import NOISE, DetectorCLI, PreviewCLI
 from detmix.training.detectors import build_detector
@@ -290,3 +293,164 @@ def test_a_mistake_in_a_replay_is_one_line(record, message, shapes, monkeypatch,
     (said,) = (line for line in capsys.readouterr().err.splitlines() if "Seed set" not in line)
     assert re.match(f"error: .*{message}", said)
     assert not (tmp_path / "preview.png").exists()
+
+
+def truncated(tmp_path, *names, num_train=8, num_val=6):
+    """A set some of whose images are cut short after a sound header."""
+    root = draw_shapes(tmp_path / "shapes", num_train=num_train, num_val=num_val)
+    for name in names:
+        path = root / "images" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return root
+
+
+def fit(monkeypatch, root, run_dir, options):
+    line = f"fit --config {DEMO} --data.root {root} --run_dir {run_dir} {SMALL} {QUICK} {options}"
+    return command(monkeypatch, "train.py", line)
+
+
+@pytest.mark.parametrize(
+    ("names", "summary"),
+    [
+        (["train_00001"], "1 image was skipped, as it could not be read: 2 of train\n"),
+        (["train_00001", "val_00001"], "2 images were skipped, as they could not be read: 2 of train, 2 of val\n"),
+    ],
+)
+def test_a_run_goes_on_without_unreadable_images_and_names_each_once(
+    names, summary, monkeypatch, tmp_path, recwarn, capsys
+):
+    root = truncated(tmp_path, *names)
+    warnings.filterwarnings("always", "image .* is skipped")
+    cli = fit(monkeypatch, root, tmp_path / "runs", "--data.unreadable skip")
+    assert cli.trainer.global_step == 4
+    assert summary in capsys.readouterr().out
+    said = [str(warning.message) for warning in recwarn if "is skipped" in str(warning.message)]
+    assert sorted(message.rsplit(":", 1)[0] for message in said) == [
+        f"image 2 is skipped: {root / 'images' / name}.png cannot be decoded" for name in names
+    ]
+    checkpoint = torch.load(tmp_path / "runs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert checkpoint["DetectionData"]["skipped"] == [(name.split("_")[0], 2) for name in names]
+
+
+def test_batches_without_a_readable_image_do_not_end_a_run(monkeypatch, tmp_path, capsys):
+    names = ["train_00000", "train_00001", "val_00000"]
+    root = truncated(tmp_path, *names, num_train=2, num_val=2)
+    with pytest.warns(UserWarning, match=r"image . is skipped") as said:
+        cli = fit(monkeypatch, root, tmp_path / "runs", "--data.unreadable skip --data.batch_size 1")
+    assert len([warning for warning in said if "is skipped" in str(warning.message)]) == 3
+    assert cli.trainer.global_step == 4
+    assert (
+        "3 images were skipped, as they could not be read: 1 of train, 2 of train, 1 of val" in capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_unreadable_image_ends_a_run_with_one_line_by_default(num_workers, monkeypatch, tmp_path, capsys):
+    root = truncated(tmp_path, "train_00001")
+    with pytest.raises(SystemExit) as exit_info:
+        fit(monkeypatch, root, tmp_path / "runs", f"--data.num_workers {num_workers}")
+    name = re.escape(str(root / "images/train_00001.png"))
+    assert re.fullmatch(rf"error: (OSError: )?{name} cannot be decoded: .+", exit_info.value.code)  # of status 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_preview_leaves_out_or_names_what_cannot_be_read(monkeypatch, tmp_path, capsys):
+    root = truncated(tmp_path, "train_00001", num_train=2)
+    line = f"--config {DEMO} --data.root {root} --num_images 2 --output {tmp_path / 'preview.png'}"
+    said = failure(monkeypatch, capsys, line, "preview.py")
+    assert re.fullmatch(r".*train_00001.png cannot be decoded: .+", said)
+    with pytest.warns(UserWarning, match=r"image 2 is skipped: .*train_00001.png cannot be decoded"):
+        command(monkeypatch, "preview.py", f"{line} --data.unreadable skip")
+    assert read_record(tmp_path / "preview.json")[0] == [1]
+    record = (tmp_path / "preview.json").read_text()
+    (tmp_path / "other.json").write_text(record.replace('"image_id": 1', '"image_id": 2'))
+    replay = f"{line} --data.unreadable skip --replay {tmp_path / 'other.json'}"
+    said = failure(monkeypatch, capsys, replay, "preview.py")
+    assert re.fullmatch(r".*train_00001.png cannot be decoded: .+", said)
+
+
+def test_a_preview_of_nothing_that_can_be_read_is_one_line(monkeypatch, tmp_path, capsys):
+    root = truncated(tmp_path, "train_00000", num_train=1)
+    line = f"--config {DEMO} --data.root {root} --num_images 1 --data.unreadable skip --output {tmp_path / 'p.png'}"
+    with pytest.warns(UserWarning, match="image 1 is skipped"):
+        said = failure(monkeypatch, capsys, line, "preview.py")
+    assert said == "num_images of 1 drew images none of which can be read."
+    assert not (tmp_path / "p.png").exists()
+
+
+STOPPING = "--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping --trainer.callbacks.monitor val/AP"
+
+
+def test_early_stopping_stops_a_run(shapes, monkeypatch, tmp_path):
+    # An AP cannot rise by 2, so it has not risen after the second epoch of ten.
+    options = f"--trainer.max_epochs 10 {STOPPING} --trainer.callbacks.patience 1 --trainer.callbacks.min_delta 2"
+    cli = fit(monkeypatch, shapes, tmp_path, f"{options} --trainer.callbacks.mode max")
+    assert cli.trainer.current_epoch == 2
+    assert {row["epoch"] for row in read_log(tmp_path / "version_0") if row["train/loss"]} == {"0", "1"}
+    assert (tmp_path / "version_0/checkpoints/best.ckpt").is_file()
+
+
+def moved(monkeypatch, shapes, run_dir, options):
+    """By how much SGD without decay moved each parameter in one step of learning rate 1, and how many steps it made."""
+    started = {}
+
+    def remember(self):
+        started.update({name: p.detach().clone() for name, p in self.model.named_parameters()})
+
+    monkeypatch.setattr(DetectorModule, "on_train_start", remember)
+    sgd = "--model.optimizer SGD --model.lr 1 --model.weight_decay 0 --model.warmup_steps 0 --model.schedule multistep"
+    once = f"--trainer.max_epochs 1 --trainer.check_val_every_n_epoch 2 {sgd} --model.milestones [1]"
+    monkeypatch.setattr(L.Trainer, "validate", functools.wraps(L.Trainer.validate)(lambda *_, **__: None))
+    cli = fit(monkeypatch, shapes, run_dir, f"{once} {options}")
+    found = dict(cli.model.model.named_parameters())
+    return {name: found[name].detach() - started[name] for name in found}, cli.trainer.global_step
+
+
+def norm(changes):
+    return float(torch.cat([change.flatten() for change in changes.values()]).norm())
+
+
+def test_gradients_are_clipped_to_a_norm(shapes, monkeypatch, tmp_path):
+    one = "--trainer.limit_train_batches 1"
+    free, _ = moved(monkeypatch, shapes, tmp_path, one)
+    clipped, _ = moved(monkeypatch, shapes, tmp_path, f"{one} --trainer.gradient_clip_val 0.125")
+    assert norm(free) > 0.2
+    assert norm(clipped) == pytest.approx(0.125, rel=1e-3)
+    assert all(torch.allclose(clipped[name], free[name] * 0.125 / norm(free), atol=1e-5) for name in free)
+
+
+def test_gradients_are_accumulated_over_batches(shapes, monkeypatch, tmp_path):
+    seen = []
+    step = DetectorModule.training_step
+    monkeypatch.setattr(DetectorModule, "training_step", lambda *args: seen.append(args[2]) or step(*args))
+    _, steps = moved(monkeypatch, shapes, tmp_path, "--data.batch_size 2 --trainer.accumulate_grad_batches 2")
+    assert (seen, steps) == ([0, 1, 2, 3], 2)
+    assert len([row for row in read_log(tmp_path / "version_0") if row["train/loss"]]) == 2
+
+
+def test_a_run_on_other_classes_starts_from_the_weights_that_fit(run, shapes, monkeypatch, tmp_path, caplog):
+    root = tmp_path / "shapes"
+    shutil.copytree(shapes, root)
+    for path in root.glob("annotations/*.json"):
+        content = json.loads(path.read_text())
+        content["categories"].append({"id": 9, "name": "star"})
+        path.write_text(json.dumps(content))
+    started = {}
+
+    def remember(self):
+        started.update({name: value.detach().clone() for name, value in self.model.state_dict().items()})
+
+    monkeypatch.setattr(DetectorModule, "on_train_start", remember)
+    best = run / "checkpoints/best.ckpt"
+    fit(monkeypatch, root, tmp_path / "runs", f"--model.weights {best} --trainer.max_epochs 1")
+    source = torch.load(best, weights_only=True)["state_dict"]
+    consume_prefix_in_state_dict_if_present(source, "model.")
+    head = [
+        f"roi_heads.box_predictor.{layer}.{kind}" for layer in ("cls_score", "bbox_pred") for kind in ("weight", "bias")
+    ]
+    assert started.keys() == source.keys()
+    assert [name for name in started if started[name].shape != source[name].shape] == head
+    assert len(started[head[0]]) == 5
+    assert all(torch.equal(started[name], source[name]) for name in started if name not in head)
+    (said,) = (message for message in caplog.messages if "stay as initialised" in message)
+    assert said.endswith(f": {', '.join(head)}")

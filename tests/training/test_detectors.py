@@ -53,15 +53,32 @@ def test_names_nobody_knows_are_named():
         build_detector("FCOS", 3, backbone="resnet18", weights="missing.pth")
 
 
-def test_a_weights_file_for_other_classes_gives_all_that_fits(tmp_path):
+def test_a_weights_file_for_other_classes_gives_all_that_fits(tmp_path, caplog):
     make = lambda classes, **more: build_detector("FCOS", classes, backbone="resnet18", fpn_channels=32, **more)  # noqa: E731
     trained = make(5)
     torch.save({"state_dict": {f"model.{k}": v for k, v in trained.state_dict().items()}}, tmp_path / "best.ckpt")
+    model = make(5, weights=str(tmp_path / "best.ckpt"))
+    assert not caplog.messages
     model = make(3, weights=str(tmp_path / "best.ckpt"))
+    count = len(list(model.parameters()))
+    head = "head.classification_head.cls_logits"
+    assert caplog.messages == [
+        f"2 of {count} parameters stay as initialised, as weights has none of their name and shape: "
+        f"{head}.weight, {head}.bias"
+    ]
     state, source = model.state_dict(), trained.state_dict()
     differ = [key for key in state if state[key].shape != source[key].shape]
     assert differ == ["head.classification_head.cls_logits.weight", "head.classification_head.cls_logits.bias"]
     assert all(torch.equal(state[key], source[key]) for key in state if key not in differ)
+
+
+def test_of_many_parameters_that_stay_as_initialised_some_are_named(tmp_path, caplog):
+    torch.save({}, tmp_path / "empty.pth")
+    model = build_detector("FCOS", 3, backbone="resnet18", fpn_channels=32, weights=str(tmp_path / "empty.pth"))
+    names = [name for name, _ in model.named_parameters()]
+    (message,) = caplog.messages
+    assert message.startswith(f"{len(names)} of {len(names)} parameters stay as initialised")
+    assert message.endswith(f": {', '.join(names[:8])} and {len(names) - 8} more")
 
 
 def test_named_weights_keep_their_backbone_and_give_a_new_head(tmp_path, monkeypatch):
