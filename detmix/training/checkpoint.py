@@ -1,8 +1,9 @@
-"""Read the detector back from a checkpoint that a run has saved: no code in it is run, and nothing is downloaded."""
+"""Read a checkpoint, and the detector in it: no code in it is run, and nothing is downloaded."""
 
 import inspect
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
         ('FCOS', ('cat', 'dog'))
     """
     path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = read_checkpoint(path)
     parts = [
         checkpoint.get(key) if isinstance(checkpoint, dict) else None for key in ("hyper_parameters", "state_dict")
     ]
@@ -68,21 +69,43 @@ def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
     return model.eval(), tuple(map(str, names))
 
 
-def _read(path: Path) -> Any:
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, on the CPU, of tensors and plain values only.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or holds more than that.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be a file, but there is no {path}.")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected pickle protocol")  # the error that follows says more
-            return torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise ValueError(
             f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values, which is not read since "
             f"it could run any code{reason and f': {reason}'}."
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged or no checkpoint: {error or type(error).__name__}.") from error
+    if damage := find_damage(path):
+        raise ValueError(damage)
+    return checkpoint
+
+
+def find_damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint that was cut short or changed; ``None`` if nothing is.
+
+    torch writes checksums, but does not compare them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            member = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
+        return f"{path} is damaged: {error}."
+    return None if member is None else f"{path} is damaged: {member} does not have its checksum."
 
 
 def _rebuild(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:

@@ -19,9 +19,10 @@ from torch import Tensor, distributed
 from detmix.datasets.coco_file import CocoFile
 from detmix.functional import Mix, Target
 from detmix.training.callbacks import Pictures, read_record, write_record, write_samples
-from detmix.training.checkpoints import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows, read_checkpoint
+from detmix.training.checkpoint import read_checkpoint
 from detmix.training.data import Batch, DetectionData, collate
 from detmix.training.module import DetectorModule, NonFiniteLossError
+from detmix.training.resume import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
 from detmix.transforms import MixUp
 
 NOISE = (

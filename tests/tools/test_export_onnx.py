@@ -11,7 +11,7 @@ from detmix.datasets.shapes import draw_shapes
 from detmix.training import export
 from detmix.training.cli import NOISE
 from detmix.training.export import Parity
-from tests.training.checkpoints import CLASSES, save_checkpoint
+from tests.training.saving import CLASSES, save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
 

@@ -10,7 +10,7 @@ import torch
 
 from detmix.datasets.shapes import draw_shapes
 from detmix.training.cli import NOISE
-from tests.training.checkpoints import save_checkpoint
+from tests.training.saving import save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
 

@@ -131,6 +131,7 @@ def test_the_first_mixed_batch_of_a_training_is_drawn_in_part_and_recorded_whole
 def test_the_first_batch_that_has_images_is_drawn(sample, tmp_path):
     trainer, module = types.SimpleNamespace(log_dir=str(tmp_path)), types.SimpleNamespace(class_names=["a", "b", "c"])
     callback = Pictures()
+    callback.setup(trainer, module, "fit")
     callback.on_train_batch_start(trainer, module, ([], []), 0)  # none could be read
     assert not (tmp_path / "pictures").exists()
     callback.on_train_batch_start(trainer, module, mixed(sample), 1)

@@ -12,7 +12,7 @@ from detmix.training.checkpoint import _rebuild, load_detector
 from detmix.training.cli import NOISE
 from detmix.training.detectors import build_detector
 from tests.conftest import assert_same
-from tests.training.checkpoints import CLASSES, SMALL, save_checkpoint
+from tests.training.saving import CLASSES, SMALL, save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
 MOBILE = "fasterrcnn_mobilenet_v3_large_320_fpn"

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import zipfile
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,6 +15,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from detmix.training.checkpoint import find_damage
 
 NAMES = ("next.ckpt", "last.ckpt", "previous.ckpt")
 """The checkpoints to go on from: a whole one that is not renamed yet, the last one, and the one before it."""
@@ -184,37 +185,6 @@ def find_last(run_dir: Path) -> tuple[Path, list[str]] | None:
     if damages:
         raise ValueError(f"no checkpoint of {folder.parent} can be read: {' '.join(damages)}")
     return None
-
-
-def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint that was cut short or changed; ``None`` if nothing is.
-
-    torch does not compare the checksums that it writes.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            member = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
-        return f"{path} is damaged: {error}."
-    return None if member is None else f"{path} is damaged: {member} does not have its checksum."
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU, of tensors and plain values only.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds more than that.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} is no file.")
-    if damage := find_damage(path):
-        raise ValueError(damage)
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of bytes that are no checkpoint
-        raise ValueError(f"{path} is no checkpoint of tensors and plain values: {error}") from error
-    return checkpoint
 
 
 @rank_zero_only

@@ -1,21 +1,13 @@
 import csv
 import random
-import types
 import zipfile
 
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from detmix.training.checkpoints import (
-    NAMES,
-    AtomicCheckpointIO,
-    LastCheckpoint,
-    find_damage,
-    find_last,
-    keep_rows,
-    read_checkpoint,
-)
+from detmix.training.checkpoint import find_damage, read_checkpoint
+from detmix.training.resume import NAMES, AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory")
 
@@ -84,15 +76,6 @@ def test_two_damaged_checkpoints_are_an_error_that_names_both(run):
         ValueError, match=r"no checkpoint of .*version_3 can be read: .*last.ckpt is .*previous.ckpt is"
     ):
         find_last(run.parents[1])
-
-
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
-    path = tmp_path / "evil.ckpt"
-    torch.save({"code": types.SimpleNamespace(a=1)}, path)
-    with pytest.raises(ValueError, match=r"evil.ckpt is no checkpoint of tensors and plain values"):
-        read_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match=r"checkpoint .*none.ckpt is no file"):
-        read_checkpoint(tmp_path / "none.ckpt")
 
 
 def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):

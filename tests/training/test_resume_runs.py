@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from detmix.datasets.shapes import draw_shapes
-from detmix.training.checkpoints import LastCheckpoint
 from detmix.training.cli import NOISE, DetectorCLI
+from detmix.training.resume import LastCheckpoint
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
