@@ -100,7 +100,7 @@ class DetectorCLI(LightningCLI):
             self.config_init[self.subcommand]["weights_only"] = True
 
     def _find_checkpoint(self) -> str | None:
-        """The checkpoint that ``ckpt_path`` means; of a run that goes on, note its folder and the rows of its log."""
+        """The checkpoint that ``ckpt_path`` means; of a run that goes on, note its folder and what it has logged."""
         path: str | None = self._get(self.config, "ckpt_path")
         self._version: str | None = None
         if path == "last":

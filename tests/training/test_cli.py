@@ -133,6 +133,20 @@ def test_training_goes_on_from_a_checkpoint(run, monkeypatch, tmp_path):
     assert {row["epoch"] for row in rows if row["train/loss"]} == {"2"}
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_with_one_line_and_a_record_to_replay(shapes, monkeypatch, tmp_path):
+    wild = "--model.lr 1e30 --model.warmup_steps 0"
+    line = f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK} {wild}"
+    with pytest.raises(
+        SystemExit, match=r"^error: The loss is not finite at step \d, images .*: .*nan.*; see .*json"
+    ) as end:
+        command(monkeypatch, "train.py", line)
+    assert "\n" not in str(end.value)
+    (record,) = (tmp_path / "version_0/nonfinite").iterdir()
+    replay = f"--config {DEMO} --data.root {shapes} --output {tmp_path / 'again.png'} --replay {record}"
+    command(monkeypatch, "preview.py", replay)
+    assert (tmp_path / "again.json").read_bytes() == record.read_bytes()
+
+
 def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path):
     command(monkeypatch, "train.py", f"fit --config {DEMO} --data.root {shapes} --run_dir {tmp_path} {SMALL} {QUICK}")
     losses = [
