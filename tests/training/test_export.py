@@ -174,6 +174,7 @@ ONE = found([BOX, OTHER], [1, 2], [0.9, 0.8])
         ),
         (found([BOX, BOX], [1, 1], [0.9, 0.5]), found([BOX, BOX], [1, 1], [0.5, 0.9]), 0, True),
         (found([BOX], [1], [0.9]), found([BOX, BOX], [1, 1], [0.9, 0.9]), 1, False),
+        (found([BOX, BOX], [1, 1], [0.9, 0.9]), found([BOX], [1], [0.9]), 1, False),
     ],
 )
 def test_detections_have_one_counterpart_each(first, second, unmatched, holds, monkeypatch):
