@@ -73,10 +73,11 @@ def _read(folder: Path, files: list[Path] | None) -> Iterator[Tensor]:
         dataset = CocoFolder(draw_shapes(folder / "shapes", num_train=16, num_val=1))
     else:
         unreadable: list[str] = []
-        write_json(make_table(files, [], unreadable.append), folder / "images.json")
+        table = make_table(files, [], unreadable.append)
+        write_json(table, folder / "images.json")
         if unreadable:
             raise ValueError(unreadable[0])
-        dataset = CocoFolder(".", folder / "images.json", ".", check_files=False)
+        dataset = CocoFolder(table["info"]["images_folder"], folder / "images.json", ".", check_files=False)
     for index in range(len(dataset)):
         yield TF.to_dtype(dataset[index][0].as_subclass(Tensor), torch.float32, scale=True)
 

@@ -61,7 +61,9 @@ def _predict(args: argparse.Namespace, report) -> None:
         if not table["images"]:
             raise ValueError(f"none of {len(files)} files can be read.")
         write_json(table, output / "images.json")
-        dataset = CocoFolder(".", (output / "images.json").absolute(), ".", check_files=False)
+        dataset = CocoFolder(
+            table["info"]["images_folder"], (output / "images.json").absolute(), ".", check_files=False
+        )
     else:
         if len(args.images) > 1 or not Path(args.images[0]).is_dir():
             raise ValueError(

@@ -61,7 +61,7 @@ def list_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = N
     return sorted(found.values())
 
 
-def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, list[dict[str, Any]]]:
+def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
     """Number files and classes from 1 in COCO's form; only the headers of the images are read.
 
     Args:
@@ -70,15 +70,18 @@ def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report
         report: Called with a message for each file that is no image; it has no record, but its number.
 
     Returns:
-        ``images`` (``id``, ``file_name``, ``width``, ``height``), ``categories`` (``id``, ``name``) and no
-        ``annotations``.
+        ``info`` with the ``images_folder`` that holds all files; ``images`` (``id``, ``file_name`` in that folder,
+        ``width``, ``height``); ``categories`` (``id``, ``name``); and no ``annotations``.
 
     Example:
         >>> table = make_table([Path("no/such.png")], ["cat"], print)
         no/such.png cannot be read: [Errno 2] No such file or directory: 'no/such.png'
-        >>> table
-        {'images': [], 'annotations': [], 'categories': [{'id': 1, 'name': 'cat'}]}
+        >>> table["images"], table["categories"]
+        ([], [{'id': 1, 'name': 'cat'}])
     """
+    folder = Path()
+    if any(file.is_absolute() or ".." in file.parts for file in files):
+        folder = Path(os.path.commonpath([file.absolute().parent for file in files]))
     images = []
     for number, file in enumerate(files, 1):
         try:
@@ -87,9 +90,11 @@ def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report
         except Exception as error:  # Pillow's readers raise what they like on a damaged file
             report(f"{file} cannot be read: {error}")
         else:
-            images.append({"id": number, "file_name": file.as_posix(), "width": width, "height": height})
+            name = (file if folder == Path() else file.absolute().relative_to(folder)).as_posix()
+            images.append({"id": number, "file_name": name, "width": width, "height": height})
     categories = [{"id": label, "name": name} for label, name in enumerate(class_names, 1)]
-    return {"images": images, "annotations": [], "categories": categories}
+    info = {"images_folder": str(folder)}
+    return {"info": info, "images": images, "annotations": [], "categories": categories}
 
 
 def predict(

@@ -61,7 +61,7 @@ def run(shapes, tmp_path_factory):
 def test_a_run_writes_its_config_logs_checkpoints_and_pictures(run):
     assert (run / "config.yaml").is_file()
     assert list(run.glob("events.out.tfevents.*"))
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     for name in ("mixed", "train", "curves", "predictions"):
         pixels = np.asarray(PIL.Image.open(run / f"pictures/{name}.png"))
         assert pixels.std() > 10, f"{name}.png is blank"

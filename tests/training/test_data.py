@@ -225,7 +225,7 @@ def test_ranks_draw_other_mixes(shapes):
     [
         (1, [[[1, 2], [3, 4], [5, 6], [7]]]),
         (3, [[[1, 2], [3, 4]], [[5, 6]], [[7]]]),
-        (6, [[[1, 2]], [[3, 4]], [[5, 6]], [[7]], [], []]),
+        (6, [[[1, 2]], [[3, 4]], [[5, 6]], [[7]], [[]], [[]]]),  # a process without images still takes part
     ],
 )
 def test_ranks_validate_whole_batches_in_order_each_image_once(world_size, expected, tmp_path):
