@@ -147,7 +147,7 @@ def test_names_that_lead_out_of_the_folder_of_images_are_refused(name, shapes, t
     image = json.loads((shapes / "annotations/instances_val.json").read_text())["images"][0]
     table = {"images": [image | {"file_name": name}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
     (tmp_path / "val.json").write_text(json.dumps(table))
-    with pytest.raises(ValueError, match="which leads out of|which is not relative to"):
+    with pytest.raises(ValueError, match=r"which leads out of|which is not relative to"):
         CocoFolder(shapes, tmp_path / "val.json")
 
 
