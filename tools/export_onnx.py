@@ -58,7 +58,10 @@ def _export(args: argparse.Namespace) -> int:
         for key, value in sorted(parity.differences.items()):
             sys.stdout.write(f"  {key}: largest difference {value:.2e}, tolerance {TOLERANCES[key]:g}\n")
         if not parity.holds:
-            sys.stderr.write(f"Not written: they differ, and {parity.unmatched} detections have no counterpart\n")
+            sys.stderr.write(
+                f"Not written: they differ, and {parity.unmatched} detections have no counterpart (which boxes of "
+                "equal scores are kept is a matter of their order; a detector that is hardly trained has many)\n"
+            )
             return 1
         if not parity.detections:
             sys.stderr.write("Not written: nothing was found to compare; give images with --check, or --no_check\n")

@@ -148,6 +148,22 @@ class Fixed(nn.Module):
         return [self.prediction for _ in images]
 
 
+def compare(first, second, monkeypatch):
+    """The parity where torch finds the first, and onnxruntime the second, in one image."""
+
+    class Session:
+        def __init__(self, *_, **__): ...
+
+        def get_outputs(self):
+            return [type("Output", (), {"name": key}) for key in second]
+
+        def run(self, *_):
+            return [value.numpy() for value in second.values()]
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    return check_onnx(b"", Fixed(first), images(SIZES[:1]))
+
+
 BOX, OTHER = [1.0, 2, 9, 9], [20.0, 2, 30, 9]
 ONE = found([BOX, OTHER], [1, 2], [0.9, 0.8])
 
@@ -178,19 +194,20 @@ ONE = found([BOX, OTHER], [1, 2], [0.9, 0.8])
     ],
 )
 def test_detections_have_one_counterpart_each(first, second, unmatched, holds, monkeypatch):
-    class Session:
-        def __init__(self, *_, **__): ...
-
-        def get_outputs(self):
-            return [type("Output", (), {"name": key}) for key in second]
-
-        def run(self, *_):
-            return [value.numpy() for value in second.values()]
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    parity = check_onnx(b"", Fixed(first), images(SIZES[:1]))
+    parity = compare(first, second, monkeypatch)
     assert (parity.unmatched, parity.holds) == (unmatched, holds)
     assert parity.detections == len(first["scores"])
+
+
+@pytest.mark.parametrize(("moved", "holds"), [(0, True), (1, True), (2, False)])
+def test_masks_may_be_a_pixel_apart(moved, holds, monkeypatch):
+    masks = torch.zeros(2, 1, 16, 16)
+    masks[:, :, 4:9, 4:9] = 0.9
+    other = masks.roll((moved, -moved), (2, 3))
+    parity = compare(ONE | {"masks": masks}, ONE | {"masks": other}, monkeypatch)
+    assert (parity.unmatched, parity.holds) == (0, holds)
+    wrong = compare(ONE | {"masks": masks}, ONE | {"masks": other * 0.95}, monkeypatch)
+    assert not wrong.holds
 
 
 def test_no_detector_no_export(monkeypatch):
