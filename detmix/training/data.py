@@ -126,7 +126,7 @@ class DetectionData(L.LightningDataModule):
         Raises:
             ValueError: if there are not enough images, or a run that stopped within an epoch is to go on with others.
         """
-        count, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        count, rank = self._processes()
         if len(self.train_set) < self.batch_size * count:
             raise ValueError(
                 f"batch_size must be at most the {len(self.train_set) // count} training images"
@@ -147,11 +147,15 @@ class DetectionData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Every validation image once, in order, in the batches that one process would have."""
-        count, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        count, rank = self._processes()
         batches = list(BatchSampler(range(len(self.val_set)), self.batch_size, drop_last=False))
         share = np.array_split(np.arange(len(batches)), count)[rank]
         # Lightning would leave out the validation, and with it AP's exchange, in a process that has no batch.
         return self._loader(self.val_set, [batches[i] for i in share] or [[]])
+
+    def _processes(self) -> tuple[int, int]:
+        """How many train together, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
     def _loader(self, dataset: Any, batches: Any) -> DataLoader[Sample]:
         return DataLoader(
