@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detmix.fields import entries, plain, size_of
+from detmix.mixing.join import entries, plain, size_of
 
 
 def check_target(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detmix.fields import BOX_KEYS, is_list, keys_per_box, size_of
-from detmix.merging import Target, merge_batch
+from detmix.mixing.join import BOX_KEYS, is_list, keys_per_box, size_of
+from detmix.mixing.merge import Target, merge_batch
 
 
 def merge_targets(

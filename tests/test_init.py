@@ -7,7 +7,9 @@ import pytest
 import detmix
 import detmix.albumentations
 from detmix import functional
-from detmix.datasets import arrays, coco, shapes
+from detmix.datasets import shapes
+from detmix.datasets.coco import folder as coco
+from detmix.mixing import arrays
 
 
 def test_importing_detmix_imports_torch_and_torchvision_only():

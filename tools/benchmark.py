@@ -172,7 +172,7 @@ def writable(text: str) -> Path:
 
 def coco_root(text: str) -> Path:
     """The value of an option that names a folder in COCO format."""
-    from detmix.datasets.coco import CocoFolder
+    from detmix.datasets.coco.folder import CocoFolder
 
     try:
         CocoFolder(text, masks=False, keypoints=False)

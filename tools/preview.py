@@ -6,7 +6,7 @@
 import sys
 from pathlib import Path
 
-from detmix.training.cli import PreviewCLI
+from detmix.cli.train import PreviewCLI
 
 if __name__ == "__main__":
     output = Path(PreviewCLI().output)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from detmix.albumentations.arrays import IMAGE_DTYPES, Array, writable
-from detmix.blend import blend_images
-from detmix.laws import Law, Range, check_law, draw_lam
+from detmix.mixing.blend import blend_images
+from detmix.mixing.plan import Law, Range, check_law, draw_lam
 
 
 class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no types

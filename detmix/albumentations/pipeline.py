@@ -14,8 +14,8 @@ from torchvision.transforms.v2 import functional as TF
 
 from detmix.albumentations.arrays import IMAGE_DTYPES, Array, writable
 from detmix.checks import check_target
-from detmix.fields import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
-from detmix.functional import Sample, Target
+from detmix.mixing.join import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
+from detmix.mixing.batch import Sample, Target
 
 
 class AlbumentationsTransform:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detmix.losses._compact import Rows
-from detmix.losses.matching import CheckedTargets, Target, all_weights, eager
+from detmix.losses.rows import Rows
+from detmix.losses.box_weights import CheckedTargets, Target, all_weights, eager
 from detmix.losses.weighted_tensor import WeightedTensor, carry
-from detmix.losses.weighting import DEFAULT
+from detmix.losses.options import DEFAULT
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 
@@ -27,7 +27,7 @@ class WeightedCriterion:
     """Goes before a DETR-style criterion: ``class MyCriterion(WeightedCriterion, SetCriterion): ...``.
 
     Attributes:
-        weighting: How the weights count; a :class:`~detmix.losses.weighting.Weighting` of one's own may be set.
+        weighting: How the weights count; a :class:`~detmix.losses.options.Weighting` of one's own may be set.
 
     Example:
         >>> class Criterion(torch.nn.Module):

@@ -17,8 +17,8 @@ from torch import nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from detmix.losses.heads import MIXINS, SEAMS, WeightedAnchors
-from detmix.losses.loss_functions import WeightedLossFunction, is_transformers_detector
-from detmix.losses.weighting import Weighting
+from detmix.losses.transformers import WeightedLossFunction, is_transformers_detector
+from detmix.losses.options import Weighting
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,7 +44,7 @@ def weight_losses(
 
     Args:
         model: A detector, or any module that holds one.
-        terms: Names of the losses that heed weights; see :class:`~detmix.losses.weighting.Weighting`, as for the rest.
+        terms: Names of the losses that heed weights; see :class:`~detmix.losses.options.Weighting`, as for the rest.
         normalizer: ``"count"`` or ``"weights"``: what a loss is divided by.
         per_image: Whether one number, the mean weight of its boxes, weighs all of an image.
         objectness: ``"loss"`` or ``"target"``: what weights do to a region proposal network's objectness.

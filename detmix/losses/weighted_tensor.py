@@ -15,7 +15,7 @@ from torch._C import DisableTorchFunctionSubclass  # the switch that torchvision
 from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
-from detmix.losses._compact import Rows, agreed, fits, pad
+from detmix.losses.rows import Rows, agreed, fits, pad
 
 Function = Callable[..., Any]
 Rule = Callable[..., Any]

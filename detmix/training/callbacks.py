@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.functional import Mix, Target
+from detmix.mixing.batch import Mix, Target
 from detmix.visualize import draw_grid, draw_sample
 
 GROUND_TRUTH, PREDICTION = "#40ff40", "#ff40c0"

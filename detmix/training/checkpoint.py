@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
-from detmix.training.detectors import build_detector
+from detmix.training.build import build_detector
 
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 """Builders that set the eps of their batch norms to 0 with their COCO_V1 weights; a state dict does not tell."""

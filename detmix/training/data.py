@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as TF
 
 from detmix.albumentations import AlbumentationsTransform
 from detmix.checks import check_batch
-from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.shapes import draw_shapes
-from detmix.functional import Sample, Target
+from detmix.mixing.batch import Sample, Target
 from detmix.training.sampling import EpochBatchSampler, SeededDataset, set_seed
-from detmix.transforms import MixUp
+from detmix.mixing.transform import MixUp
 
 Batch = tuple[list[Tensor], list[Target]]
 

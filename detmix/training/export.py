@@ -69,7 +69,7 @@ def export_onnx(model: nn.Module, class_names: Sequence[str]) -> bytes:
         ValueError: if the detector cannot be exported.
 
     Example:
-        >>> from detmix.training.detectors import build_detector
+        >>> from detmix.training.build import build_detector
         >>> options = {"min_size": 64, "max_size": 96}
         >>> model = build_detector("RetinaNet", 3, backbone="resnet18", fpn_channels=32, options=options)
         >>> content = export_onnx(model, ["cat", "dog"])
@@ -128,7 +128,7 @@ def check_onnx(content: bytes, model: nn.Module, images: Iterable[Tensor]) -> Pa
         images: Images float32 ``(3, H_i, W_i)`` in [0, 1]; in some of them the detector should find something.
 
     Example:
-        >>> from detmix.training.detectors import build_detector
+        >>> from detmix.training.build import build_detector
         >>> _ = torch.manual_seed(0)  # of untrained detectors, one in many has scores that are too much alike
         >>> options = {"min_size": 64, "max_size": 96}
         >>> model = build_detector("FasterRCNN", 3, backbone="resnet18", fpn_channels=32, options=options).eval()

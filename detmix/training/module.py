@@ -14,10 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from detmix.functional import Target
+from detmix.mixing.batch import Target
 from detmix.losses import weight_losses
 from detmix.training.callbacks import write_record
-from detmix.training.detectors import build_detector
+from detmix.training.build import build_detector
 from detmix.training.metric import GatheredAP
 
 # COCO's twelve figures by COCO's names, and what torchmetrics calls them.

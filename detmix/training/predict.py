@@ -16,8 +16,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_keypoints, draw_segmentation_masks
 
-from detmix.datasets.coco import CocoFolder
-from detmix.datasets.coco_file import CocoFile
+from detmix.datasets.coco.folder import CocoFolder
+from detmix.datasets.coco.table import CocoFile
 from detmix.visualize import draw_sample
 
 Prediction = dict[str, Tensor]
@@ -126,7 +126,7 @@ def predict(
     Example:
         >>> import tempfile
         >>> from detmix.datasets.shapes import draw_shapes
-        >>> from detmix.training.detectors import build_detector
+        >>> from detmix.training.build import build_detector
         >>> options = {"min_size": 64, "max_size": 64}
         >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options=options).eval()
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -216,7 +216,7 @@ def write_predictions(
     Example:
         >>> import tempfile
         >>> from detmix.datasets.shapes import draw_shapes
-        >>> from detmix.training.detectors import build_detector
+        >>> from detmix.training.build import build_detector
         >>> options = {"min_size": 64, "max_size": 64}
         >>> model = build_detector("RetinaNet", 4, backbone="resnet18", fpn_channels=32, options=options).eval()
         >>> with tempfile.TemporaryDirectory() as folder:

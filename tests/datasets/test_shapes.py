@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from detmix.datasets import shapes
-from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.shapes import draw_shapes
 
 SPLITS = ("train", "val")

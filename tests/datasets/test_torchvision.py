@@ -14,7 +14,7 @@ from torchvision import datasets, tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from detmix import MixUp, MixUpDataset
-from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco.folder import CocoFolder
 from tests.conftest import assert_same
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")  # pycocotools 2.0.11 on numpy 2

@@ -8,7 +8,7 @@ from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal
 
 from detmix import WeightedCriterion
 from detmix.losses.criteria import query_weights
-from detmix.losses.matching import CheckedTargets, all_weights
+from detmix.losses.box_weights import CheckedTargets, all_weights
 
 QUERIES, CLASSES = 7, 4
 

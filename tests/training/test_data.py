@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detmix import MixUp
-from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.shapes import draw_shapes
 from detmix.training.data import DetectionData
 from tests.conftest import assert_same

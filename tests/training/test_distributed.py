@@ -11,7 +11,7 @@ import torch
 
 from detmix.datasets.shapes import draw_shapes
 from detmix.losses import weight_losses
-from detmix.training.detectors import build_detector
+from detmix.training.build import build_detector
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (

@@ -22,7 +22,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 
 from detmix.datasets.shapes import draw_shapes
 from detmix.training import module
-from detmix.training.cli import DetectorCLI
+from detmix.cli.train import DetectorCLI
 
 ROOT = Path(__file__).parents[2]
 NAME = "tests.training.test_memory"

@@ -10,11 +10,11 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco.folder import CocoFolder
 from detmix.functional import Mix
 from detmix.losses import weight_losses
 from detmix.training.callbacks import read_record
-from detmix.training.detectors import build_detector
+from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule, NonFiniteLossError, lr_share
 
 SMALL = {"detector": "FCOS", "backbone": "resnet18", "fpn_channels": 32, "options": {"min_size": 64, "max_size": 64}}

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.datasets.coco import CocoFolder
+from detmix.datasets.coco.folder import CocoFolder
 from detmix.training.predict import (
     draw_prediction,
     list_images,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from detmix.datasets.shapes import draw_shapes
-from detmix.training.cli import NOISE, DetectorCLI
+from detmix.cli.train import NOISE, DetectorCLI
 from detmix.training.resume import LastCheckpoint
 
 ROOT = Path(__file__).parents[2]

@@ -16,8 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 import detmix
-from detmix.datasets.coco import CocoFolder
-from detmix.datasets.mixup import MixUpDataset
+from detmix.datasets.coco.folder import CocoFolder
+from detmix.mixing.dataset import MixUpDataset
 from sections import Case, Section
 from sections.inputs import Size, Target, in_words
 

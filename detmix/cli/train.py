@@ -1,0 +1,248 @@
+"""The command line: Lightning's, with the detector, the data and a run folder filled in."""
+
+import argparse
+import random
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from jsonargparse.typing import PositiveInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import Tensor, distributed
+
+from detmix.datasets.coco.table import CocoFile
+from detmix.mixing.batch import Mix, Target
+from detmix.training.callbacks import Pictures, read_record, write_record, write_samples
+from detmix.training.checkpoint import read_checkpoint
+from detmix.training.data import Batch, DetectionData, collate
+from detmix.training.module import DetectorModule, NonFiniteLossError
+from detmix.training.resume import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
+from detmix.mixing.transform import MixUp
+
+NOISE = (
+    ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
+    "Experiment logs directory .* exists and is not empty",  # two loggers share the run folder on purpose
+    "Checkpoint directory .* exists and is not empty",  # so it is where a run goes on
+    "The dirpath has changed from",  # a checkpoint of one run starts another
+    r"\s*Dump of a value that does not round-trip",  # tuples are lists in the saved config
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on where it stopped
+)
+"""Warnings, as patterns, that tell a user nothing to act on."""
+
+for _message in NOISE:
+    warnings.filterwarnings("ignore", _message)
+
+
+class DetectorCLI(LightningCLI):
+    """``fit`` and ``validate`` a detector: every argument of module, data, trainer and checkpoint is an option."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        try:
+            super().__init__(
+                DetectorModule,
+                DetectionData,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                save_config_callback=ConfigCallback,
+                save_config_kwargs={"overwrite": True},
+                **kwargs,
+            )
+        except (NonFiniteLossError, OSError) as error:  # the last line of an error that comes from a worker is its own
+            sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
+        if distributed.is_initialized():  # its threads would now and then abort the process as it ends
+            distributed.destroy_process_group()
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The two of Lightning's that make sense here."""
+        known = LightningCLI.subcommands()
+        return {name: known[name] for name in ("fit", "validate")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Take classes from the data; let the best and the last checkpoint and the pictures be configured."""
+        for name in ("num_classes", "class_names"):
+            parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
+        parser.add_argument(
+            "--run_dir",
+            default=None,
+            type=str | None,
+            help="Each run gets a version_<n> in it; runs/<config> by default.",
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last")
+        parser.add_lightning_class_args(Pictures, "pictures")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/AP",
+                "checkpoint.mode": "max",
+                "checkpoint.filename": "best",
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+    def instantiate_classes(self) -> None:
+        """Build everything and read both splits; a mistake in the options or the data is one line, no traceback."""
+        try:
+            path = self._find_checkpoint()
+            super().instantiate_classes()
+            self.datamodule.setup("fit")
+        except (ValueError, OSError, MisconfigurationException) as error:
+            self.parser.exit(2, f"error: {error}\n")
+        if self.subcommand:
+            self.config_init[self.subcommand]["ckpt_path"] = path
+            self.config_init[self.subcommand]["weights_only"] = True
+
+    def _find_checkpoint(self) -> str | None:
+        """The checkpoint that ``ckpt_path`` means; of a run that goes on, note its folder and what it has logged."""
+        path: str | None = self._get(self.config, "ckpt_path")
+        self._version: str | None = None
+        if path == "last":
+            found = find_last(self._run_dir())
+            if found is None:
+                sys.stderr.write(f"No checkpoint in the newest run of {self._run_dir()}: starting from scratch\n")
+                return None
+            path = str(found[0])
+            sys.stderr.write("".join(f"{damage}\n" for damage in found[1]) + f"Going on from {path}\n")
+            self._log = read_checkpoint(found[0])["log"]
+            self._version = found[0].parent.parent.name if self.subcommand == "fit" else None
+        elif path not in (None, "best", "hpc") and "://" not in path:
+            read_checkpoint(Path(path))
+        return path
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Log to TensorBoard and CSV in the run folder, unless loggers are configured."""
+        config = self._get(self.config_init, "trainer")
+        if config["logger"] is None or config["logger"] is True:
+            kwargs["logger"] = self._loggers()
+        plugins = config["plugins"] or []
+        config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
+        config["use_distributed_sampler"] = False  # the data module shares the images out
+        bar = [] if config["enable_progress_bar"] is False else [RichProgressBar()]
+        config["callbacks"] = [*bar, LearningRateMonitor("step"), *(config["callbacks"] or [])]
+        return super().instantiate_trainer(**kwargs)
+
+    def _run_dir(self) -> Path:
+        config = Path(str((self._get(self.config, "config") or ["default"])[-1]))
+        # The config.yaml that a run has saved starts another run beside it.
+        default = config.parent.parent if config.name == "config.yaml" else Path("runs", config.stem)
+        return Path(self._get(self.config, "run_dir") or default)
+
+    def _loggers(self) -> list[Any]:
+        if self._version is None:
+            board = TensorBoardLogger(self._run_dir(), name="")
+            return [board, CSVLogger(board.save_dir, name="", version=board.version)]
+        rows, step, row = self._log["rows"], self._log["step"], self._log["next"]
+        board = TensorBoardLogger(self._run_dir(), name="", version=self._version, purge_step=step + 1)
+        log = CSVLogger(board.save_dir, name="", version=self._version)
+        keep_rows(log, rows)
+        for logger in (board, log):
+            if row:
+                logger.log_metrics(row, step)
+        return [board, log]
+
+    def after_fit(self) -> None:
+        """Print the COCO AP of the best checkpoint and say where everything is."""
+        if self._get(self.config, "trainer")["fast_dev_run"]:
+            return
+        monitored = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        best = next((c.best_model_path for c in monitored if c.best_model_path), None)  # none without a validation
+        self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
+        log_dir = self.trainer.log_dir  # on which all processes agree together
+        if skipped := self.datamodule.skipped:
+            ids = ", ".join(f"{image_id} of {split}" for split, image_id in sorted(skipped))
+            count = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
+            sys.stdout.write(f"{count} skipped, as {'it' if len(skipped) == 1 else 'they'} could not be read: {ids}\n")
+        if self.trainer.is_global_zero:
+            if self.model.skipped:
+                sys.stdout.write(f"{self.model.skipped} batches were skipped, as their loss was not finite\n")
+            sys.stdout.write(f"Run folder: {log_dir}\n")
+
+
+class ConfigCallback(SaveConfigCallback):
+    """Saves the whole config in the run folder, and in every checkpoint as YAML."""
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Put it under the key ``config``."""
+        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+
+
+class PreviewCLI(DetectorCLI):
+    """Draw a training batch as the data section of a config mixes it; neither model nor trainer is built."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(run=False, **kwargs)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Say where the picture goes, how many samples it shows and whether it repeats another."""
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--output", default="preview.png", help="The PNG file to write; a JSON record of its mixes goes beside it."
+        )
+        parser.add_argument("--num_images", type=PositiveInt, default=12, help="How many samples to mix and draw.")
+        parser.add_argument(
+            "--replay",
+            default=None,
+            type=str | None,
+            help="A JSON record, of this tool or of a run (pictures/mixed.json): all its samples are mixed and drawn "
+            "as it says. It holds the mix and not the augmentation, so the images are mixed as they are on disk.",
+        )
+        for option in ("ckpt_path", "weights_only"):
+            # The config.yaml that a run has saved holds these of its fit.
+            parser.add_argument(f"--{option}", default=None, help=argparse.SUPPRESS)
+
+    def instantiate_classes(self) -> None:
+        """Build the data alone, mix and draw."""
+        self.output = self.config["output"]
+        parser = LightningArgumentParser()
+        parser.add_lightning_class_args(DetectionData, "data")
+        try:
+            data = parser.instantiate_classes({"data": self.config["data"]})["data"]
+            mixup = MixUp(p=0.0) if data.mixup is None else data.mixup
+            # The epoch that mixes most: a schedule that starts later, or slowly, would leave nothing to see.
+            mixup.set_epoch(max(range(mixup.start, mixup.start + max(1, mixup.ramp)), key=mixup.probability))
+            replay = self.config["replay"]
+            batch = _first_batch(data, self.config["num_images"]) if replay is None else _recorded(data, Path(replay))
+            images, targets = mixup(*batch)
+            path = Path(self.output)
+            write_samples(images, targets, data.class_names, path)
+            write_record(targets, path.with_suffix(".json"))
+        except (ValueError, OSError) as error:
+            self.parser.exit(2, f"error: {error}\n")
+
+
+def _first_batch(data: DetectionData, count: int) -> Batch:
+    data.batch_size, data.num_workers = count, 0
+    batch = data.drop_unreadable(next(iter(data.train_dataloader())), "train")
+    if not batch[0]:
+        raise ValueError(f"num_images of {count} drew images none of which can be read.")
+    return batch
+
+
+def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Target], list[Mix]]:
+    image_ids, plan = read_record(record)
+    data.augment = None
+    dataset = data.train_set
+    _, known = CocoFile(dataset.annotations_file).by_id("images")  # in the order of the dataset
+    for i, image_id in enumerate(image_ids):
+        if image_id not in known:
+            raise ValueError(
+                f"image_id of sample {i} of {record} is {image_id}, which is not one of the {len(known)} images of "
+                f"{dataset.annotations_file}."
+            )
+    images, targets = collate([dataset[index] for index in np.searchsorted(known, image_ids)])
+    for image, target in zip(images, targets, strict=True):
+        if image is None:  # the plan names its samples by their place, so none can be left out
+            raise ValueError(target["error"])
+    return images, targets, plan
+
+
+def _as_seed(seed: bool | int) -> int:
+    # True asks Lightning for any seed; what it then draws, a checkpoint keeps.
+    return random.randrange(2**32) if seed is True else int(seed)

@@ -1,0 +1,264 @@
+"""Read a COCO-format folder as (image, target) with torchvision's keys, every annotation checked at construction."""
+
+import contextlib
+import io
+import operator
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, SupportsIndex
+
+import numpy as np
+import PIL.Image
+import torch
+from pycocotools import mask as coco_mask
+from torch import Tensor
+from torchvision import tv_tensors
+
+from detmix.datasets.coco.table import CocoFile, Images, Record
+from detmix.datasets.coco.objects import read_objects
+from detmix.datasets.coco.defects import LISTED, refuse
+from detmix.datasets.coco.images import check_files as find_defective
+from detmix.mixing.blend_cpu import copy_pixels
+
+try:
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:  # torchvision 0.29 says that they will go; Pillow reads all that they do
+    decode_jpeg = None
+
+JPEG = b"\xff\xd8\xff"
+"""How a JPEG file begins."""
+
+
+class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
+    """A folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
+
+    The image is a ``tv_tensors.Image``, uint8 ``(3, H, W)``, RGB. The target's keys, for N objects:
+
+    - ``boxes``: ``tv_tensors.BoundingBoxes``, float32 ``(N, 4)``, XYXY in pixels, inside the image;
+    - ``labels``: int64 ``(N,)``, 1 and up in the order of the category ids (0 is torchvision's background);
+    - ``masks``: ``tv_tensors.Mask``, uint8 ``(N, H, W)``, and ``keypoints``: float32 ``(N, K, 3)``, where annotated;
+    - ``area``: float32 ``(N,)``, square pixels; ``iscrowd``: int64 ``(N,)``; ``image_id``: int, the COCO id.
+
+    Images come in the order of their ids; those without objects stay in, with N = 0. Whatever is wrong with the file
+    shows at construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) or
+    wholly outside their image are left out, and boxes that reach out of it by more than a pixel are clipped, with one
+    warning for all; less than a pixel is clipped silently. File names cannot lead out of the folder of images; symbolic
+    links in it are followed, as whoever made the folder made them. ``tools/check_dataset.py`` lists all mistakes.
+
+    Args:
+        root: the folder.
+        annotations: the json file, relative to ``root``.
+        images: the folder that the json's file names start from, relative to ``root``.
+        transforms: called last, as ``transforms(image, target)``; what it returns is the sample.
+        crowd: keep annotations with ``iscrowd=1``. COCO's evaluation needs them, to ignore detections there; training
+            is better off without.
+        masks: True requires a mask of every kept annotation, False never gives any; None gives them when every kept
+            annotation has one (and there is an annotation).
+        keypoints: the same for keypoints.
+        check_files: see that every image is there and has the json's size. Reads headers only.
+        unreadable: what to do about an image that is missing, cannot be decoded or has another size than the json says.
+            ``"raise"`` stops. ``"skip"`` warns at construction of those that are seen there, and in place of the sample
+            ``dataset[i]`` is ``(None, {"image_id": id, "error": message})``, untransformed: plain data that crosses
+            worker processes, for ``collate_fn`` to leave out and count.
+
+    Attributes:
+        category_ids: ``category_ids[label - 1]`` is the COCO category id.
+        class_names: ``class_names[label - 1]`` is the category's name; the background has none.
+        num_classes: ``len(class_names) + 1``, because torchvision's detectors count the background.
+
+    Raises:
+        FileNotFoundError: the folder, the json or an image is missing.
+        ValueError: the json is not COCO, contradicts itself or an image. The message names file, record and value.
+
+    Example:
+        >>> import tempfile
+        >>> from detmix.datasets.shapes import draw_shapes
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dataset = CocoFolder(draw_shapes(f"{folder}/shapes", num_train=2, num_val=1))
+        ...     image, target = dataset[0]
+        >>> dataset.class_names, dataset.num_classes, len(dataset)
+        (('circle', 'square', 'triangle'), 4, 2)
+        >>> sorted(target)
+        ['area', 'boxes', 'image_id', 'iscrowd', 'keypoints', 'labels', 'masks']
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        annotations: str | os.PathLike[str] = "annotations/instances_train.json",
+        images: str | os.PathLike[str] = "images",
+        *,
+        transforms: Callable[[Any, Any], Any] | None = None,
+        crowd: bool = False,
+        masks: bool | None = None,
+        keypoints: bool | None = None,
+        check_files: bool = True,
+        unreadable: Literal["raise", "skip"] = "raise",
+    ) -> None:
+        self.root, self.transforms = Path(root), transforms
+        self.annotations_file, self.images_folder = find_files(self.root, annotations, images)
+        self._skip = unreadable == "skip"
+        if unreadable not in ("raise", "skip"):
+            raise ValueError(f"unreadable is {unreadable!r}, expected 'raise' or 'skip'.")
+        table = CocoFile(self.annotations_file)
+        categories, listed = table.categories(), table.images()
+        self.category_ids: tuple[int, ...] = tuple(categories.ids.tolist())
+        self.class_names = categories.names
+        self._image_ids, self._names, self._sizes = listed.ids, listed.names, listed.sizes
+        if check_files and (remark := self._check_files(listed)):
+            warnings.warn(remark, stacklevel=2)
+
+        objects = read_objects(table, listed, categories, crowd=bool(crowd), masks=masks, keypoints=keypoints)
+        if objects.remark:
+            warnings.warn(objects.remark, stacklevel=2)
+        self._first, self._boxes, self._labels, self._iscrowd, self._area = objects[:5]
+        self._keypoints, self._masks = objects.keypoints, objects.masks
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes with the background, as torchvision's detectors count."""
+        return len(self.class_names) + 1
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: SupportsIndex) -> tuple[Any, dict[str, Any]]:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} images of {self.annotations_file}.")
+        index %= len(self)
+        height, width = self._sizes[index].tolist()
+        try:
+            image = self._decode(self.images_folder / self._names[index], (height, width))
+        except (OSError, ValueError) as error:
+            if not self._skip:
+                raise
+            return None, {"image_id": int(self._image_ids[index]), "error": str(error)}
+        objects = slice(*self._first[index : index + 2].tolist())
+        boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies: what a transform changes stays its own
+        target: dict[str, Any] = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor(self._labels[objects]),
+        }
+        if self._masks is not None:
+            target["masks"] = tv_tensors.Mask(torch.from_numpy(self._masks.draw(objects, height, width)))
+        if self._keypoints is not None:
+            target["keypoints"] = torch.tensor(self._keypoints[objects])
+        target["area"] = torch.tensor(self._area[objects])
+        target["iscrowd"] = torch.tensor(self._iscrowd[objects])
+        target["image_id"] = int(self._image_ids[index])
+        if self.transforms is not None:
+            image, target = self.transforms(image, target)
+        return image, target
+
+    def to_coco(self, image_id: int, prediction: Mapping[str, Tensor]) -> list[Record]:
+        """Turn one image's prediction into COCO result records: original category ids, boxes as x, y, width, height.
+
+        Args:
+            image_id: the COCO id, ``target["image_id"]``.
+            prediction: what a torchvision detector returns, on any device: ``boxes`` ``(N, 4)`` XYXY, ``labels`` and
+                ``scores`` ``(N,)``; if given, ``masks`` ``(N, 1, H, W)`` or ``(N, H, W)``, set where above 0.5, become
+                compressed RLE and ``keypoints`` ``(N, K, 3)`` flat lists.
+
+        Returns:
+            N records that ``json.dumps`` and ``pycocotools.coco.COCO.loadRes`` take.
+        """
+        if int(image_id) not in self._image_ids:
+            raise ValueError(f"image_id {image_id} is not one of the {len(self)} images of {self.annotations_file}.")
+        given = {key: value.cpu() for key, value in prediction.items() if isinstance(value, Tensor)}
+        for key in ("boxes", "labels", "scores"):
+            if key not in given or len(given[key]) != len(given["boxes"]):
+                shapes = {name: tuple(value.shape) for name, value in given.items()}
+                raise ValueError(f"prediction has tensors of {shapes}, expected boxes (N, 4), labels and scores (N,).")
+        boxes, labels = given["boxes"].as_subclass(Tensor).double(), given["labels"].tolist()
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)  # (N, 4) XYWH
+        for label in labels:
+            if not 1 <= label <= len(self.category_ids):
+                raise ValueError(f"prediction['labels'] holds {label}, expected 1 to {len(self.category_ids)}.")
+        results: list[Record] = [
+            {"image_id": int(image_id), "category_id": self.category_ids[label - 1], "bbox": box, "score": score}
+            for label, box, score in zip(labels, boxes.tolist(), given["scores"].tolist(), strict=True)
+        ]
+        if "masks" in given:
+            for record, mask in zip(results, given["masks"], strict=True):
+                rle = coco_mask.encode(np.asfortranarray(mask.reshape(mask.shape[-2:]) > 0.5, dtype=np.uint8))
+                record["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode("ascii")}
+        if "keypoints" in given:
+            for record, points in zip(results, given["keypoints"], strict=True):
+                record["keypoints"] = points.flatten().tolist()
+        return results
+
+    def _decode(self, path: Path, size: tuple[int, int]) -> tv_tensors.Image:
+        pixels = read_rgb(path)
+        if pixels.shape[1:] != size:
+            raise ValueError(
+                f"{path} is {tuple(pixels.shape[1:])} (height, width), but {self.annotations_file} says {size}."
+            )
+        return tv_tensors.Image(pixels)
+
+    def _check_files(self, images: Images) -> str | None:
+        """Refuse the first file that cannot be read, or remark on all of them where they are skipped."""
+        found = []
+        for defect in find_defective(self.annotations_file, self.images_folder, images):
+            if not self._skip:
+                refuse(defect)
+            found.append(defect)
+        if not found:
+            return None
+        return (
+            f"{self.annotations_file}: {sum(len(defect.rows) for defect in found)} of {len(self)} images cannot be "
+            f"read and are skipped: {' '.join(defect.message for defect in found[:LISTED])}"
+        )
+
+
+def find_files(root: Path, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The annotations' file and the images' folder, both there.
+
+    Raises:
+        FileNotFoundError: one of the three is not.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"root {root} is not a folder.")
+    if not (root / annotations).is_file():
+        found = sorted(str(path.relative_to(root)) for pattern in ("*.json", "*/*.json") for path in root.glob(pattern))
+        there = f"json files there: {', '.join(found)}" if found else "there is no json file"
+        raise FileNotFoundError(f"annotations {root / annotations} is missing; {there}.")
+    if not (root / images).is_dir():
+        raise FileNotFoundError(f"images {root / images} is not a folder.")
+    return root / annotations, root / images
+
+
+def read_rgb(path: Path) -> Tensor:
+    """The pixels of a file, uint8 ``(3, H, W)``; torchvision's JPEG decoder gives Pillow's in half the time.
+
+    Raises:
+        OSError: the file is missing or cannot be decoded. The message names it.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+        if decode_jpeg is not None and data[:3].tobytes() == JPEG:
+            # Of a file that is damaged, and without libjpeg, Pillow says or does what it can.
+            with contextlib.suppress(RuntimeError):
+                return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
+        with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
+            return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
+    except Exception as error:  # Pillow's plugins let through whatever a broken file makes them stumble over
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # which names the bytes' address
+        raise OSError(f"{path} cannot be decoded: {'no known image format' if unknown else error}") from error
+
+
+def _as_planes(pixels: Tensor) -> Tensor:
+    planes = torch.empty_like(pixels, memory_format=torch.contiguous_format)
+    copy_pixels(pixels, planes)
+    return planes
+
+
+def _as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 (older Pillows say I, newer I;16)
+        levels = np.asarray(picture).astype(np.float64) / 257
+        picture = PIL.Image.fromarray(levels.round().astype(np.uint8))
+    elif "transparency" in picture.info:  # Pillow warns of a palette that loses it in one step
+        picture = picture.convert("RGBA")
+    return picture.convert("RGB")

@@ -1,0 +1,262 @@
+"""One COCO json file as checked columns: a mistake in it is a defect that names file, record and value."""
+
+import gc
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from detmix.datasets.coco.defects import Defect, Report, refuse, short, some
+from detmix.datasets.coco.file_names import are_plain, why_unsafe
+from detmix.datasets.coco.values import Floats, Ints, are_numbers, as_matrix
+
+Record = dict[str, Any]
+
+TABLES = ("images", "annotations", "categories")
+_MISSING = object()
+
+
+class Categories(NamedTuple):
+    """The categories in the order of their ids."""
+
+    rows: Ints
+    """Where each stands in the file."""
+    ids: Ints
+    names: tuple[str, ...]
+
+
+class Images(NamedTuple):
+    """The images in the order of their ids."""
+
+    rows: Ints
+    """Where each stands in the file."""
+    ids: Ints
+    names: list[str]
+    sizes: Ints
+    """Height and width, ``(images, 2)``."""
+
+
+class CocoFile:
+    """The parsed json, column by column; it lives during construction only.
+
+    Args:
+        file: the json.
+        report: is called with each defect. If it returns, as the checker's does, reading goes on: the records are
+            marked in ``lost`` and left out of whatever they would spoil, so the next defects are found as well.
+        content: what was read from it, if it has been.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no json of COCO's three lists, whatever ``report`` does; and as `report` raises.
+    """
+
+    def __init__(self, file: Path, report: Report = refuse, content: Record | None = None) -> None:
+        self.file, self.report = file, report
+        self.content = _parse(file) if content is None else content
+        self.rows: dict[str, list[Record]] = {}
+        self.lost: dict[str, npt.NDArray[np.bool_]] = {}
+        for table in TABLES:
+            records = self.content.get(table)
+            if not isinstance(records, list):
+                found = f"{table!r} is a {type(records).__name__}" if table in self.content else f"has no {table!r}"
+                raise ValueError(f"{file} {found}, expected a list; its keys are {short(sorted(self.content))}.")
+            self.rows[table] = [record if isinstance(record, dict) else {} for record in records]
+            self.lost[table] = np.zeros(len(records), dtype=bool)
+            for number, record in enumerate(records):
+                if not isinstance(record, dict):
+                    self.reject("record", table, number, f"{table}[{number}] is {short(record)}, expected a dict.")
+
+    def categories(self) -> Categories:
+        """The categories, checked."""
+        rows, ids = self.by_id("categories")
+        names = self._column("categories", "name")
+        rows, ids = self._without_lost("categories", rows, ids)
+        return Categories(rows, ids, tuple(str(names[row]) for row in rows))
+
+    def images(self) -> Images:
+        """The images, checked but for their files."""
+        rows, ids = self.by_id("images")
+        names = self._names()
+        sizes = np.stack([self._integers("images", key)[0] for key in ("height", "width")], 1)
+        rows, ids = self._without_lost("images", rows, ids)
+        for row in rows[(sizes[rows] <= 0).any(1)]:
+            self.reject(
+                "image size",
+                "images",
+                row,
+                f"image {self.id_of('images', row)} ({names[row]}) has height, width {sizes[row].tolist()}, "
+                "expected positive numbers.",
+            )
+        rows, ids = self._without_lost("images", rows, ids)
+        return Images(rows, ids, [names[row] for row in rows], sizes[rows])
+
+    def by_id(self, table: str) -> tuple[Ints, Ints]:
+        """The rows in the order of their ids, and the sorted ids."""
+        ids, read = self._integers(table, "id")
+        rows = np.flatnonzero(read)
+        rows = rows[np.argsort(ids[rows], kind="stable")]
+        again = np.diff(ids[rows], prepend=ids[rows[:1]] - 1) == 0
+        if again.any():
+            repeated = np.unique(ids[rows[again]]).tolist()
+            message = f"{len(repeated)} ids of {table!r} occur more than once: {some(repeated)}."
+            for kind, which in self._sort_repeated(table, rows, again).items():
+                self.reject(kind, table, which, message)
+        return self._without_lost(table, rows, ids[rows])
+
+    def _column(self, table: str, key: str) -> list[Any]:
+        """One value of every record."""
+        try:
+            return [record[key] for record in self.rows[table]]
+        except KeyError:
+            for number, record in enumerate(self.rows[table]):
+                if key not in record and (record or not self.lost[table][number]):
+                    message = f"{table}[{number}], {short(record)}, has no {key!r}."
+                    self.reject("field", table, number, message)
+            return [record.get(key, _MISSING) for record in self.rows[table]]
+
+    def _integers(self, table: str, key: str) -> tuple[Ints, npt.NDArray[np.bool_]]:
+        """A column that must hold integers, and which of them do."""
+        values = self._column(table, key)
+        read = np.ones(len(values), dtype=bool)
+        if not set(map(type, values)) <= {int} or (values and max(map(abs, values)) >= 2**63):
+            for number, value in enumerate(values):
+                if type(value) is int and abs(value) < 2**63:
+                    continue
+                if value is not _MISSING:
+                    message = f"{key!r} of {table}[{number}] is {short(value)}, expected an int."
+                    self.reject("type", table, number, message)
+                values[number], read[number] = 0, False
+        return np.array(values, dtype=np.int64), read
+
+    def _names(self) -> list[str]:
+        """The images' file names, none of which leads out of their folder."""
+        names = self._column("images", "file_name")
+        if not are_plain(names):
+            for number, name in enumerate(names):
+                if name is not _MISSING and (reason := why_unsafe(name)):
+                    message = f"'file_name' of images[{number}] is {short(name)}, {reason}."
+                    self.reject("file name" if isinstance(name, str) else "type", "images", number, message)
+        return names
+
+    def lookup(self, key: str, table: str, known: Ints) -> Ints:
+        """Where each annotation's ``key`` stands in the sorted ids ``known``; -1 for none.
+
+        Records that are lost are known still, so the checker counts what hangs on them, but not as their own mistake.
+        """
+        values, read = self._integers("annotations", key)
+        found = read & np.isin(values, known)
+        if not found.all():
+            listed = [record.get("id") for record in self.rows[table]]
+            there = found | np.isin(values, [value for value in listed if type(value) is int and abs(value) < 2**63])
+            unknown = np.flatnonzero(read & ~there)
+            if len(unknown):
+                self.reject(
+                    f"unknown {key.removesuffix('_id')}",
+                    "annotations",
+                    unknown,
+                    f"{key!r} of annotation {self.id_of('annotations', unknown[0])} is {values[unknown[0]]}, which is "
+                    f"not among the {len(known)} known ids: {some(known.tolist())} "
+                    f"({len(unknown) - 1} more annotations have unknown ones).",
+                )
+            self.lost["annotations"] |= ~found
+        return np.where(found, np.searchsorted(known, values), -1)
+
+    def numbers(
+        self, key: str, rows: Ints, length: int, expected: str, kind: str, infinite: str
+    ) -> tuple[Floats, npt.NDArray[np.bool_]]:
+        """Lists of ``length`` numbers, ``(len(rows), length)``, and which of them are.
+
+        Others are of this ``kind`` of defect, and of the kind ``infinite`` if they are too large or NaN only.
+        """
+        values = [self.rows["annotations"][row].get(key) for row in rows.tolist()]
+        read = np.ones(len(rows), dtype=bool)
+        if (matrix := as_matrix(values, length)) is not None:
+            return matrix, read
+        for n, (row, value) in enumerate(zip(rows.tolist(), values, strict=True)):
+            if are_numbers(value) and len(value) == length:
+                continue
+            only_numbers = isinstance(value, list) and set(map(type, value)) <= {int, float} and len(value) == length
+            if self.rows["annotations"][row] or not self.lost["annotations"][row]:
+                self.reject_value(infinite if only_numbers else kind, key, row, expected)
+            values[n], read[n] = [0] * length, False
+        return np.array(values, dtype=np.float64).reshape(len(rows), length), read
+
+    def _sort_repeated(self, table: str, rows: Ints, again: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
+        """The rows, sorted by id, whose id occurs ``again``, by kind of defect.
+
+        An image or category that is described in two ways has no right one: nobody can tell which an annotation means.
+        """
+        records, found = self.rows[table], defaultdict(set)
+        first = 0
+        for n in np.flatnonzero(again).tolist():
+            first = first if again[n - 1] else n - 1
+            row, before = int(rows[n]), int(rows[first])
+            if records[row] == records[before]:
+                found["repeated record"].add(row)
+            elif table == "annotations":
+                found["shared id"].add(row)
+            else:
+                found["ambiguous id"] |= {row, before}
+        return {kind: sorted(which) for kind, which in found.items()}
+
+    def _without_lost(self, table: str, rows: Ints, ids: Ints) -> tuple[Ints, Ints]:
+        there = ~self.lost[table][rows]
+        return rows[there], ids[there]
+
+    def id_of(self, table: str, row: int | np.int64) -> Any:
+        """The id of a record, whatever it is; None for none."""
+        return self.rows[table][row].get("id")
+
+    def reject(self, kind: str, table: str, rows: Any, message: str) -> None:
+        """Report a defect of one row or several."""
+        rows = np.atleast_1d(rows).tolist()
+        defect = Defect(
+            kind, table, tuple(rows), tuple(self.id_of(table, row) for row in rows), f"{self.file}: {message}"
+        )
+        self.report(defect)
+        if defect.loses:
+            self.lost[table][rows] = True
+
+    def reject_value(self, kind: str, key: str, row: int | np.int64, expected: str) -> None:
+        """Report that an annotation's ``key`` is not what is expected."""
+        record = self.rows["annotations"][row]
+        message = f"{key!r} of annotation {record.get('id')} is {short(record.get(key))}, expected {expected}."
+        self.reject(kind, "annotations", row, message)
+
+
+def _parse(file: Path) -> Record:
+    collecting = gc.isenabled()
+    gc.disable()  # it would walk over json's millions of objects again and again: a quarter of the time
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{file} is not valid json: {error.msg} in line {error.lineno}, column {error.colno}."
+        ) from error
+    except (ValueError, RecursionError) as error:  # other bytes than UTF-8, an int of 5,000 digits, lists in lists
+        raise ValueError(f"{file} is not valid json: {error}.") from error
+    finally:
+        if collecting:
+            gc.enable()
+    if not isinstance(content, dict):
+        hint = " (detection results have this form)" if isinstance(content, list) else ""
+        raise ValueError(f"{file} holds a {type(content).__name__}{hint}, expected COCO's dict.")
+    for table in TABLES:
+        if text.count(f'"{table}"') > 1 and _top_keys(text).count(table) > 1:
+            raise ValueError(f"{file} has {table!r} more than once, of which json keeps the last only.")
+    return content
+
+
+def _top_keys(text: str) -> list[str]:
+    """The keys of the outermost dict with their repetitions, which takes its time."""
+    keys: list[str] = []
+
+    def keep(pairs: list[tuple[str, Any]]) -> None:
+        keys[:] = [key for key, _ in pairs]  # the outermost ends last
+
+    json.loads(text, object_pairs_hook=keep)
+    return keys

@@ -1,0 +1,107 @@
+"""The weights of boxes, and of the rows of a loss that are matched to them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detmix.checks import check_target
+from detmix.losses.rows import Rows
+from detmix.losses.options import DEFAULT, Weighting
+
+Target = dict[str, Any]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+eager: Callable[[Method], Method] = torch.compiler.disable
+"""For methods that handle weighted tensors: a graph cannot hold tensors that carry an attribute."""
+
+
+def match_weights(target: Target, matched_idxs: Tensor) -> Tensor:
+    """The weight of the box each row is matched to.
+
+    Args:
+        target: With ``"boxes"`` of shape ``(num_boxes, 4)`` and perhaps ``"weights"`` of shape ``(num_boxes,)``.
+        matched_idxs: int64, of any shape: the index of a box, or a negative number for a row matched to none.
+
+    Returns:
+        float32, of the shape of ``matched_idxs``: 1 for a row matched to no box.
+
+    Raises:
+        TypeError: If the weights are no floating point tensor.
+        ValueError: If they are not one finite number, 0 or more, for each box, on the device of the boxes.
+
+    Example:
+        >>> target = {"boxes": torch.rand(2, 4), "weights": torch.tensor([0.25, 0.75])}
+        >>> match_weights(target, torch.tensor([1, -1, 0, -2]))
+        tensor([0.7500, 1.0000, 0.2500, 1.0000])
+    """
+    return row_weights(with_background(box_weights(target)), matched_idxs)
+
+
+def box_weights(target: Target, index: int | None = None) -> Tensor:
+    """``target["weights"]`` as float32 of shape ``(num_boxes,)``, once checked; 1 for every box of a target without.
+
+    Args:
+        target: With ``"boxes"`` of shape ``(num_boxes, 4)``.
+        index: Where the target stands in its batch, for the error messages.
+
+    Raises:
+        TypeError: If the weights are no floating point tensor.
+        ValueError: If they are not one finite number, 0 or more, for each box, on the device of the boxes.
+    """
+    boxes = target["boxes"]
+    if "weights" not in target:
+        return torch.ones(len(boxes), device=boxes.device)
+    weights = target["weights"]
+    name = "target['weights']" if index is None else f"targets[{index}]['weights']"
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = f"a {weights.dtype} tensor" if isinstance(weights, Tensor) else f"a {type(weights).__name__}"
+        raise TypeError(f"{name} must be a floating point tensor, but it is {got}.")
+    if weights.shape != (len(boxes),):
+        raise ValueError(f"{name} must hold one weight for each of {len(boxes)} boxes, but is {tuple(weights.shape)}.")
+    if weights.device != boxes.device:
+        raise ValueError(f"{name} must be on {boxes.device} as the boxes are, but is on {weights.device}.")
+    # On a GPU the values stay unchecked: to look at them, Python would wait for it at every step.
+    if weights.device.type == "cpu" and len(weights):
+        lowest, highest = weights.aminmax()  # both NaN if any is
+        if not 0 <= float(lowest) <= float(highest) < math.inf:
+            raise ValueError(f"{name} must be finite and not negative, but holds {weights.tolist()}.")
+    return weights.float()
+
+
+def with_background(weights: Tensor, per_image: bool = False) -> Tensor:
+    """The weight of a row matched to no box, and then those of the boxes: ``(1 + num_boxes,)``."""
+    if per_image:
+        return (weights.mean() if len(weights) else weights.new_ones(())).expand(1 + len(weights))
+    return F.pad(weights, (1, 0), value=1.0)
+
+
+def row_weights(weights: Tensor, matched_idxs: Tensor) -> Tensor:
+    """`match_weights` by the weights that :func:`with_background` gives."""
+    places = matched_idxs.clamp(min=-1) + 1
+    return weights.index_select(0, places.flatten()).view(places.shape)
+
+
+class CheckedTargets(list[Target]):
+    """The targets of one step and their weights, which a criterion asks for at each loss of each layer."""
+
+    def __init__(self, targets: list[Target], weights: list[Tensor]) -> None:
+        super().__init__(targets)
+        self.weights = weights
+        self.matched: tuple[Any, Rows] | None = None  # indices that were asked for last, and the rows' weights
+
+
+def all_weights(
+    targets: list[Target], weighting: Weighting = DEFAULT, num_classes: int | None = None
+) -> list[Tensor] | None:
+    """`with_background` of each target, checked; or None where no target has weights: stock code then runs as it is."""
+    if isinstance(targets, CheckedTargets):
+        return targets.weights
+    for i, target in enumerate(targets):  # or a NaN box trains in silence, and a label too high fails deep inside torch
+        check_target(target, where=f"targets[{i}]", num_classes=num_classes)
+    if not any("weights" in target for target in targets):
+        return None
+    return [with_background(box_weights(target, i), weighting.per_image) for i, target in enumerate(targets)]

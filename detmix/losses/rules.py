@@ -1,0 +1,232 @@
+"""What the functions of torch do to loss weights: fills :data:`detmix.losses.weighted_tensor.RULES`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from detmix.losses.rows import Rows, joined, pad, reshaped
+from detmix.losses.weighted_tensor import (
+    RULES,
+    Function,
+    Rule,
+    WeightedTensor,
+    agreed_rows,
+    carry,
+    drop,
+    elementwise,
+    lost,
+    move,
+    reduce,
+    refuse,
+    scaled,
+    weights_of,
+)
+
+
+def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    out = func(x, *args, **kwargs)
+    if not isinstance(x, WeightedTensor) or out.dtype == torch.bool:
+        return out
+    return carry(out, x.rows.pad(out.ndim) if out.device == x.device else pad(x.weights, out.ndim).to(out.device))
+
+
+def _reshape(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    out = func(x, *args, **kwargs)
+    return carry(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
+
+
+def _repeat(func: Function, x: WeightedTensor, *sizes: Any) -> Any:
+    return carry(func(x, *sizes), func(x.weights.expand(x.shape), *sizes))
+
+
+def _permute(func: Function, x: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
+    return carry(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
+
+
+def _unbind(func: Function, x: WeightedTensor, dim: int = 0) -> Any:
+    outs, rows = func(x, dim), x.rows.remove((dim,))
+    return tuple(map(carry, outs, x.weights.unbind(dim) if rows is None else [rows] * len(outs)))
+
+
+def _split(func: Function, x: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
+    outs = func(x, sizes, dim)
+    if x.rows.dims[dim] is None:
+        return tuple([carry(out, x.rows) for out in outs])
+    return tuple(carry(out, part) for out, part in zip(outs, func(x.weights, sizes, dim), strict=True))
+
+
+def _cat(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    dim %= max(x.ndim for x in tensors)
+    return carry(func(tensors, dim), joined([weights_of(x) for x in tensors], [x.size(dim) for x in tensors], dim))
+
+
+def _stack(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    dim %= tensors[0].ndim + 1
+    out, rows = func(tensors, dim), [x.rows for x in tensors if type(x) is WeightedTensor]
+    if len(rows) == len(tensors) and all(map(rows[0].same, rows)):
+        return carry(out, rows[0].insert(dim))
+    return carry(out, joined([weights_of(x).unsqueeze(dim) for x in tensors], [1] * len(tensors), dim))
+
+
+def _indexed(x: WeightedTensor, entries: tuple[Any, ...]) -> Rows:
+    rows = x.rows.sliced(entries)
+    return x.rows.gathered(x.shape, entries) if rows is None else rows
+
+
+def _getitem(func: Function, x: Tensor, index: Any) -> Any:
+    out = func(x, index)
+    entries = index if isinstance(index, tuple) else (index,)
+    carried = [_indexed(x, entries)] if type(x) is WeightedTensor else []
+    if WeightedTensor in map(type, entries):
+        # Rows gathered on behalf of an object weigh what it weighs. They lie along the first dimensions, if the
+        # index starts with tensors and has them side by side.
+        indices = [entry for entry in entries if isinstance(entry, Tensor)]
+        if any(i is not e or i.dtype in (torch.bool, torch.uint8) for i, e in zip(indices, entries, strict=False)):
+            raise lost(func, x, index)
+        ndim = max(i.ndim for i in indices)
+        rows = [i.rows.pad(ndim) for i in indices if isinstance(i, WeightedTensor)]
+        carried += [r.append(out.ndim) for r in rows]
+    return carry(out, agreed_rows(func, carried))
+
+
+def _setitem(func: Function, x: Tensor, index: Any, value: Any) -> None:
+    if not isinstance(x, WeightedTensor):
+        raise lost(func, x, index, value)
+    if isinstance(value, WeightedTensor):
+        entries = index if isinstance(index, tuple) else (index,)
+        agreed_rows(func, [_indexed(x, entries), value.rows])
+    func(x, index, value)
+
+
+def _where(func: Function, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return elementwise(func, condition, *args, **kwargs) if args or kwargs else func(condition)
+
+
+def _extreme(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(operand, Tensor) for operand in (*args, *kwargs.values())):
+        return elementwise(func, x, *args, **kwargs)
+    if not args and "dim" not in kwargs:
+        raise lost(func, x)
+    return _sort(func, x, *args, **kwargs)
+
+
+def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    """Values and indices along ``dim``: a value has the weight of the entry it is."""
+    result = func(x, dim, *args, **kwargs)
+    values, indices = result
+    weights = weights_of(x)
+    if weights.size(dim) > 1:
+        places = indices if indices.ndim == x.ndim else indices.unsqueeze(dim)
+        weights = torch.take_along_dim(weights.expand(x.shape), places, dim)
+    return type(result)((carry(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
+
+
+def _topk(func: Function, x: WeightedTensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
+    return _sort(lambda x, dim: func(x, k, dim, *args, **kwargs), x, dim)
+
+
+def _resample(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Each map of ``(N, C, ...)`` is sampled for itself, at points that belong to it and carry no weights."""
+    points = any(isinstance(arg, WeightedTensor) for arg in (*args, *kwargs.values()))
+    if points or any(weights_of(x).size(d) > 1 for d in range(2, x.ndim)):
+        raise lost(func, x, *args, **kwargs)
+    return carry(func(x, *args, **kwargs), weights_of(x))
+
+
+def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:
+    if x.rows.dims[dim] is not None:  # the result would mix entries of different weights
+        raise lost(func, x)
+    return carry(func(x, dim, *args, **kwargs), x.rows)
+
+
+def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
+    loss = elementwise(func, *args, reduction="none", **kwargs)
+    # The gradient reaches this loss's own kernel, which rounds as the memory layout tells it to: hence a dense one.
+    if reduction == "none":
+        return loss
+    if reduction == "batchmean":
+        return scaled(loss, loss.weights).sum() / loss.size(0)
+    return getattr(Tensor, reduction)(scaled(loss, loss.weights))
+
+
+def _binary_cross_entropy(
+    func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
+) -> Any:
+    if reduction == "none":
+        return elementwise(func, x, y, weight=weight, reduction="none", **kwargs)
+    # Only as the function's own factor do weights keep the order in which its gradient is divided by the mean's count.
+    weights = agreed_rows(func, [part.rows for part in (x, y, weight) if isinstance(part, WeightedTensor)]).weights
+    return func(x, y, weights if weight is None else weights * weight, reduction=reduction, **kwargs)
+
+
+def _cross_entropy(
+    func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
+) -> Any:
+    classes = 1 if x.ndim > 1 else 0
+    carried = [x.rows] if isinstance(x, WeightedTensor) else []
+    if isinstance(y, WeightedTensor):
+        carried.append(y.rows if y.ndim == x.ndim else y.rows.insert(classes))
+    rows = agreed_rows(func, carried)
+    smooth = kwargs.pop("label_smoothing", 0.0)
+    own = rows.remove((classes,))
+    if own is None or (reduction != "none" and (smooth or y.is_floating_point())):
+        raise lost(func, x, y)
+    if reduction == "none":
+        loss = func(x, y, weight, reduction="none", label_smoothing=smooth, **kwargs)
+        return carry(loss, own)
+    # Scaling the log-probabilities keeps nll_loss's own summation order and so its bits; scaling its output would not.
+    x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
+    return F.nll_loss(scaled(F.log_softmax(x, classes), rows.weights), y, weight, reduction=reduction, **kwargs)
+
+
+def _register(rule: Rule, *names: str) -> None:
+    for name in names:
+        RULES.update({getattr(home, name): rule for home in (Tensor, torch, F) if hasattr(home, name)})
+
+
+_register(
+    elementwise,
+    *("add", "sub", "rsub", "mul", "div", "true_divide", "pow", "neg", "abs", "square", "sqrt", "rsqrt", "reciprocal"),
+    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__"),
+    *("__rpow__", "__neg__", "__abs__", "exp", "expm1", "log", "log1p", "log2", "atan", "arctan", "tanh", "sigmoid"),
+    *("logsigmoid", "softplus", "relu", "clamp", "clip", "clamp_min", "clamp_max", "minimum", "maximum", "sign"),
+    *("floor", "ceil", "round", "lerp", "nan_to_num"),
+)
+_register(
+    _like_first,
+    *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
+    *("expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
+)
+_register(_reshape, "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze")
+_register(_repeat, "repeat")
+_register(_permute, "transpose", "permute", "movedim", "swapaxes", "t", "unsqueeze")
+_register(move, "diag", "diagonal", "index_select", "masked_select", "flip", "roll")
+_register(_unbind, "unbind")
+_register(_split, "split", "chunk")
+_register(_cat, "cat", "concat")
+_register(_stack, "stack")
+_register(_getitem, "__getitem__")
+_register(_setitem, "__setitem__")
+_register(_where, "where")
+_register(_extreme, "max", "min")
+_register(_sort, "sort")
+_register(_topk, "topk")
+_register(_resample, "interpolate", "grid_sample")
+_register(_along, "softmax", "log_softmax")
+_register(reduce, "sum", "mean")
+_register(_loss, "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "kl_div")
+_register(_binary_cross_entropy, "binary_cross_entropy", "binary_cross_entropy_with_logits")
+_register(_cross_entropy, "cross_entropy")
+# What is detached is a constant: a target, such as an IoU, or a factor. What it is combined with has the weights.
+_register(drop, "detach")
+_register(
+    drop, "argmax", "argmin", "argsort", "nonzero", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"
+)
+_register(drop, "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "isnan", "isinf", "isfinite")
+_register(drop, "size", "dim", "numel", "__len__", "is_floating_point")
+_register(refuse, "backward")
+for _name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"):
+    RULES[getattr(Tensor, _name).__get__] = drop

@@ -1,0 +1,108 @@
+"""Make the detectors of ``transformers`` heed ``label["weights"]``.
+
+They build their criterion anew at each step, inside of a function that the model holds as ``loss_function``. The same
+code is run here with the names of its criteria bound to weighted subclasses of them; nothing is copied or patched.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_map
+
+from detmix.losses.criteria import WeightedCriterion
+from detmix.losses.box_weights import CheckedTargets, all_weights, eager
+from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.losses.options import DEFAULT, Weighting
+
+ROW_FUNCTIONS = frozenset({"box_iou", "center_to_corners_format", "generalized_box_iou"})
+"""Functions of ``(num_rows, 4)`` boxes that give a row for each: as one step, they cost weights no time."""
+
+
+class WeightedLossFunction:
+    """A model's loss function, with its criterion weighted.
+
+    Args:
+        function: A function of the module level that names a criterion with DETR's ``get_loss``, has an argument
+            ``labels`` and returns the losses by name as its second result.
+        weighting: How the weights count.
+
+    Raises:
+        ValueError: When called, if a term of the weighting is none of its losses.
+    """
+
+    def __init__(self, function: FunctionType, weighting: Weighting = DEFAULT) -> None:
+        self.function, self.weighting = function, weighting
+
+    @eager
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the function returns, its losses weighted."""
+        call = _signature(self.function).bind(*args, **kwargs)
+        labels = call.arguments["labels"]
+        if (weights := all_weights(labels, self.weighting)) is not None:
+            call.arguments["labels"] = CheckedTargets(labels, weights)
+        results = rebound(self.function, weighted_criteria(self.function, self.weighting))(*call.args, **call.kwargs)
+        for term in self.weighting.terms or ():
+            if not any(f"{name}_".startswith(f"{term}_") for name in results[1]):
+                raise ValueError(f"terms holds {term!r}, which is none of the losses {sorted(results[1])}.")
+        return results
+
+
+_signature = functools.cache(inspect.signature)
+
+
+def weighted_criteria(function: Any, weighting: Weighting = DEFAULT) -> dict[str, type]:
+    """Weighted subclasses of the criteria that a function names, by name; empty if it is no function or names none."""
+    if not isinstance(function, FunctionType) or function.__closure__:
+        return {}
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {
+        name: weighted_criterion(criterion, weighting)  # type: ignore[arg-type]  # mypy: modules are no hashables
+        for name, criterion in named.items()
+        if isinstance(criterion, type) and issubclass(criterion, nn.Module) and hasattr(criterion, "get_loss")
+    }
+
+
+@functools.cache
+def weighted_criterion(criterion: type, weighting: Weighting) -> type:
+    """A weighted subclass, whose methods find functions that work row by row under the names of the stock ones."""
+    members: dict[str, Any] = {"weighting": weighting}
+    for name, method in inspect.getmembers(criterion, inspect.isfunction):
+        used = ROW_FUNCTIONS.intersection(method.__code__.co_names, method.__globals__)
+        if used:
+            members[name] = rebound(method, {key: by_row(method.__globals__[key]) for key in used})
+    return type(f"Weighted{criterion.__name__}", (WeightedCriterion, criterion), members)
+
+
+def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that computes each row of its results from one row of its first argument, told so."""
+
+    def call(x: Tensor, *args: Any) -> Any:
+        if type(x) is not WeightedTensor or x.rows.dims[-1] is not None or WeightedTensor in map(type, args):
+            return function(x, *args)
+        with DisableTorchFunctionSubclass():
+            return tree_map(lambda out: carry(out, x.rows), function(x, *args))
+
+    return call
+
+
+def rebound(function: FunctionType, names: dict[str, Any]) -> FunctionType:
+    """The same code, with some of the names of its module bound to something else."""
+    new = FunctionType(
+        function.__code__, function.__globals__ | names, function.__name__, function.__defaults__, function.__closure__
+    )
+    new.__kwdefaults__ = function.__kwdefaults__
+    return new
+
+
+def is_transformers_detector(module: nn.Module) -> bool:
+    """Whether a module is a model of ``transformers`` whose loss has a criterion; that package is not imported."""
+    own = any(cls.__module__ == "transformers.modeling_utils" for cls in type(module).__mro__)
+    if not own or getattr(module, "loss_type", None) is None:
+        return False
+    function: Any = module.loss_function
+    return isinstance(function, WeightedLossFunction) or bool(weighted_criteria(function))
