@@ -1,11 +1,12 @@
 """Mix samples: pure functions of (first, second, lam), and of a batch and a plan."""
 
-from detmix.mixing.batch import mix_labels, mixup, mixup_batch, unmixed
-from detmix.mixing.batch import Mix, Sample, Target
-from detmix.mixing.blend import blend_batch, blend_images, canvas_size
-from detmix.mixing.join import BOX_KEYS
-from detmix.mixing.placement import Placement
-from detmix.targets import box_fields, merge_targets
+from detmix.mixing.batch import mixup, mixup_batch, unmixed
+from detmix.mixing.blend import blend_batch, blend_images
+from detmix.mixing.labels import mix_labels
+from detmix.mixing.memory import canvas_size
+from detmix.mixing.merge import merge_targets
+from detmix.mixing.plan import Mix, Placement
+from detmix.targets import BOX_KEYS, Sample, Target, box_fields
 
 __all__ = [
     "BOX_KEYS",

@@ -1,72 +1,169 @@
 """Join the targets of two images: what belongs to each box is kept, and weighted by the share of its image."""
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detmix.mixing.join import BOX_KEYS, is_list, keys_per_box, size_of
-from detmix.mixing.merge import Target, merge_batch
+Target = dict[str, Any]
 
 
-def merge_targets(
-    first: Target,
-    second: Target,
-    lam: float,
-    canvas_size: tuple[int, int],
+Sample = tuple[Tensor, Target]
+
+
+Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
+
+
+BOX_KEYS = frozenset(
+    (
+        *("boxes", "labels", "weights", "source"),
+        *("masks", "keypoints", "area", "iscrowd"),  # what torchvision's detectors and COCO evaluation read
+        *("bbox", "category_id", "id", "segmentation", "num_keypoints"),  # COCO's own, by torchvision's CocoDetection
+        *("difficult", "truncated", "occluded"),  # VOC's and KITTI's
+        *("type", "alpha", "dimensions", "location", "rotation_y"),  # KITTI's
+        *("blur", "expression", "illumination", "occlusion", "pose", "invalid"),  # WIDER FACE's
+    )
+)
+"""Target keys that hold one entry per box: joined by a mix. Every other key is the first sample's."""
+
+
+def check_target(
+    target: dict[str, Any],
     *,
-    shares: tuple[float, float] | None = None,
-    min_weight: float = 0.0,
-    box_keys: Collection[str] = BOX_KEYS,
-) -> Target:
-    """Join what belongs to each box of two targets and scale the boxes' weights by their image's share.
+    where: str,
+    image: Tensor | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Check that a target is one that can be mixed and trained on.
 
-    ``weights`` of the first are multiplied by ``lam``, those of the second by ``1 - lam``; a target without weights
-    weighs every box 1. ``source`` says which image a box came from: 0 for the first, 1 for the second. Boxes and
-    keypoints keep their pixel coordinates, the second's boxes are converted to the first's format, masks are padded to
-    the canvas. Keys outside ``box_keys`` are the first's, by identity, and so is a value without entries, such as a
-    number, whatever its key. A target with no boxes need not have the other's keys.
+    Values are looked at only where that costs no wait: on a CUDA device the checks stop at shapes and devices.
 
     Args:
-        first: Target with ``boxes`` ``(N1, 4)`` in pixels (or any `tv_tensors.BoundingBoxes`, rotated ones included)
-            and per-box keys: tensors, arrays or lists.
-        second: Target with the same per-box keys; ``weights`` and ``source`` may be missing on either side.
-        lam: The share of ``first``, in [0, 1].
-        canvas_size: ``(height, width)`` of the blended image.
-        shares: What the weights of the first's and the second's boxes are multiplied by; ``(lam, 1 - lam)`` if
-            ``None``.
-        min_weight: Boxes that would weigh less are dropped. On CUDA that waits for the device if a target comes with
-            weights of its own, or with lists.
-        box_keys: The names of the keys that have one entry per box.
-
-    Returns:
-        A new target, first's boxes before second's, with float32 ``weights`` ``(N1 + N2,)``, int64 ``source``,
-        and ``lam``, ``shares`` and ``canvas``.
+        target: Target with ``boxes`` ``(num_boxes, 4)`` and, optionally, ``labels`` ``(num_boxes,)``.
+        where: How the error calls the target, such as ``"target 3"``.
+        image: Its image ``(C, H, W)``, whose size masks and `tv_tensors` must have and on whose device boxes and labels
+            must be; ``None`` asks for one device for both, whichever it is.
+        num_classes: With background as class 0, so labels must lie in 1..num_classes - 1. ``None`` leaves them alone.
 
     Raises:
-        ValueError: if a per-box key is missing on one side, its length is not the number of boxes, or its values cannot
-            be one.
+        ValueError: naming the target, the key, its value and what was expected.
+        TypeError: if the target is no dict or its boxes are no tensor.
 
     Example:
-        >>> first = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.tensor([1])}
-        >>> second = {"boxes": torch.tensor([[2.0, 1.0, 6.0, 3.0]]), "labels": torch.tensor([2])}
-        >>> merged = merge_targets(first, second, 0.75, (8, 8))
-        >>> merged["labels"], merged["weights"], merged["source"]
-        (tensor([1, 2]), tensor([0.7500, 0.2500]), tensor([0, 1]))
+        >>> import torch
+        >>> check_target({"boxes": torch.tensor([[0.0, 0.0, 4.0, float("nan")]])}, where="target 0")
+        Traceback (most recent call last):
+        ValueError: box 0 of target 0 must be finite, but it is [0.0, 0.0, 4.0, nan].
     """
-    shares = (lam, 1 - lam) if shares is None else shares
-    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
-    return merge_batch([first, second], [[0, 1]], [lam], [shares], [canvas_size], **options)[0]
+    readable = _check_form(target, where, image)
+    _check_values({} if readable is None else {where: readable}, num_classes)
 
 
-def unmixed_target(
-    target: Target, canvas_size: tuple[int, int], *, min_weight: float = 0.0, box_keys: Collection[str] = BOX_KEYS
-) -> Target:
-    """A copy of a target with the keys that `merge_targets` writes."""
-    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
-    return merge_batch([target], [[0]], [1.0], [(1.0, 0.0)], [canvas_size], **options)[0]
+def check_batch(
+    images: Tensor | Sequence[Tensor],
+    targets: Sequence[dict[str, Any]],
+    num_classes: int | None = None,
+    *,
+    where: str = "target",
+) -> None:
+    """Check a whole batch, target by target, with `check_target`.
+
+    Args:
+        images: Images ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)``.
+        targets: B targets.
+        num_classes: See `check_target`.
+        where: How the error calls a target, before its index.
+
+    Raises:
+        ValueError: if there are not as many targets as images, an image is not ``(C, H, W)``, and as `check_target`.
+        TypeError: if an image is no tensor, and as `check_target`.
+
+    Example:
+        >>> import torch
+        >>> check_batch([torch.zeros(3, 8, 8)], [])
+        Traceback (most recent call last):
+        ValueError: images and targets must be of one length, but there are 1 images and 0 targets.
+    """
+    if len(images) != len(targets):
+        raise ValueError(
+            f"images and targets must be of one length, but there are {len(images)} images and {len(targets)} targets."
+        )
+    if isinstance(images, Tensor) and len(images):
+        images = [images[0]] * len(images)  # which are all alike, and slow to take apart
+    readable = {}
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        name = f"{where} {i}"
+        if not isinstance(image, Tensor):
+            raise TypeError(f"image of {name} must be a tensor (C, H, W), but it is a {type(image).__name__}.")
+        if image.ndim != 3:
+            raise ValueError(f"image of {name} must have shape (C, H, W), but has {tuple(image.shape)}.")
+        if (values := _check_form(target, name, image)) is not None:
+            readable[name] = values
+    _check_values(readable, num_classes)
+
+
+def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
+    """Check all but values, and give the boxes and labels whose values can be looked at without a wait."""
+    if not isinstance(target, dict):
+        raise TypeError(f"{where} must be a dict with 'boxes', but it is a {type(target).__name__}.")
+    if "boxes" not in target:
+        raise ValueError(f"{where} must hold 'boxes', but it holds {sorted(target)}.")
+    boxes, labels = target["boxes"], target.get("labels")
+    if not isinstance(boxes, Tensor):
+        raise TypeError(f"boxes of {where} must be a tensor, but they are a {type(boxes).__name__}.")
+    boxes = plain(boxes)
+    shape = boxes.shape
+    if len(shape) != 2 and shape[:1] != (0,):
+        raise ValueError(f"boxes of {where} must have shape (num_boxes, 4), but have {tuple(shape)}.")
+    if labels is not None and entries(labels) != shape[0]:
+        raise ValueError(
+            f"labels of {where} must have one entry for each of the {shape[0]} boxes, but have {entries(labels)}."
+        )
+    owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
+    if boxes.device != device:
+        raise ValueError(f"boxes of {where} must be on the device of {owner}, {device}, but are on {boxes.device}.")
+    if isinstance(labels, Tensor) and labels.device != device:
+        raise ValueError(f"labels of {where} must be on the device of {owner}, {device}, but are on {labels.device}.")
+    if image is not None:
+        _check_sizes(target, image, where)
+    return (boxes, labels) if boxes.is_cpu and shape[0] else None
+
+
+def _check_sizes(target: dict[str, Any], image: Tensor, where: str) -> None:
+    for key, value in target.items():
+        if type(value) is Tensor and key != "masks":
+            continue
+        canvas = getattr(value, "canvas_size", None)
+        if (key == "masks" or isinstance(value, tv_tensors.Mask)) and len(value):
+            canvas = size_of(value)
+        if canvas is not None and tuple(canvas) != size_of(image):
+            raise ValueError(f"{key} of {where} are on a canvas of {tuple(canvas)}, but its image is {size_of(image)}.")
+
+
+def _check_values(readable: Mapping[str, tuple[Tensor, Any]], num_classes: int | None) -> None:
+    if not _are_finite([boxes for boxes, _ in readable.values()]):
+        for name, (boxes, _) in readable.items():
+            for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
+                raise ValueError(f"box {row} of {name} must be finite, but it is {boxes[row].tolist()}.")
+    for name, (_, labels) in readable.items():
+        if num_classes is None or labels is None or 1 <= labels.amin() <= labels.amax() < num_classes:
+            continue
+        for row in ((labels < 1) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
+            raise ValueError(
+                f"label {row} of {name} must be a class from 1 to {num_classes - 1} (0 is background), "
+                f"but it is {labels[row].item()}."
+            )
+
+
+def _are_finite(boxes: list[Tensor]) -> bool:
+    # What is not finite makes the sum so, and one sum is all that most batches cost; a finite one may overflow.
+    if len({rows.shape[1] for rows in boxes}) > 1:  # rotated boxes and upright ones
+        return all(_are_finite([rows]) for rows in boxes)
+    return not boxes or math.isfinite(torch.cat(boxes).sum().item())
 
 
 def annotated(image: Tensor, target: Target) -> Target:
@@ -77,6 +174,10 @@ def annotated(image: Tensor, target: Target) -> Target:
     labels = torch.zeros(0, dtype=torch.int64, device=image.device)
     boxes = tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size_of(image))
     return {**target, "boxes": boxes, "labels": labels}
+
+
+def _has_content(value: Any) -> bool:
+    return is_list(value) or isinstance(value, Mapping)  # such as the annotation of an unwrapped VOCDetection
 
 
 def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Tensor, ...]:
@@ -115,5 +216,69 @@ def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Te
     return tuple(value for value in fields.values() if not isinstance(value, tv_tensors.Mask))
 
 
-def _has_content(value: Any) -> bool:
-    return is_list(value) or isinstance(value, Mapping)  # such as the annotation of an unwrapped VOCDetection
+def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS) -> set[str]:
+    """The keys of a target that have one entry per box: those with entries among ``box_keys``.
+
+    Example:
+        >>> sorted(keys_per_box({"boxes": torch.zeros(1, 4), "labels": torch.ones(1), "id": 17, "size": [8, 8]}))
+        ['boxes', 'labels']
+    """
+    return {key for key, value in target.items() if key in box_keys and is_list(value)}
+
+
+def entries(value: Any) -> int | None:
+    """How many entries a value has; ``None`` for a number, a string or a tensor without dimensions."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        shape = value.shape
+        return shape[0] if shape else None
+    return len(value) if isinstance(value, (list, tuple)) else None
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value has entries at all; what has none belongs to the image."""
+    return entries(value) is not None
+
+
+def take(value: Any, rows: Tensor) -> Any:
+    """The entries of a per-box value at ``rows`` (int64), as the same type.
+
+    Example:
+        >>> take(["a", "b", "c"], torch.tensor([2, 0]))
+        ['c', 'a']
+    """
+    if isinstance(value, Tensor):
+        return like(plain(value)[rows], value)
+    if isinstance(value, np.ndarray):
+        return value[rows.numpy()]
+    return [value[row] for row in rows.tolist()]
+
+
+def scaled_areas(areas: Any, ratios: Tensor) -> Any:
+    """Areas, a tensor or a list, times a ratio for each, as the same type and dtype.
+
+    Example:
+        >>> scaled_areas([8, 6], torch.tensor([0.5, 2.0]))
+        [4, 12]
+    """
+    values = torch.as_tensor(areas)
+    scaled = (values * ratios).to(values.dtype)
+    return scaled if isinstance(areas, Tensor) else scaled.tolist()
+
+
+def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None) -> Tensor:
+    """A plain tensor as the type of another, `tv_tensors` included, on a new canvas if there is one."""
+    if not isinstance(template, tv_tensors.TVTensor):
+        return value
+    update = {"canvas_size": canvas} if hasattr(template, "canvas_size") and canvas else {}
+    wrapped: Tensor = tv_tensors.wrap(value, like=template, **update)
+    return wrapped
+
+
+def plain(value: Tensor) -> Tensor:
+    """A tensor of whatever type as a plain one, which tells its attributes several times as fast as `tv_tensors`."""
+    return value if type(value) is Tensor else value.as_subclass(Tensor)
+
+
+def size_of(image: Tensor) -> tuple[int, int]:
+    """``(height, width)`` of an image, or of those of a batch, in pixels."""
+    return image.shape[-2], image.shape[-1]

@@ -9,7 +9,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_bounding_boxes, make_grid
 
-from detmix.mixing.batch import Target
+from detmix.targets import Target
 
 SOURCE_COLORS = ("#00c8ff", "#ff8c00")
 """Colours of boxes of the first and of the second image."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detmix.checks import check_batch, check_target
+from detmix.targets import check_batch, check_target
 
 IMAGE = torch.zeros(3, 12, 16)
 

@@ -6,7 +6,9 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detmix.functional import box_fields, merge_targets, mixup, unmixed
+from detmix.mixing.batch import mixup, unmixed
+from detmix.mixing.merge import merge_targets
+from detmix.targets import box_fields
 from tests.conftest import assert_same, make_sample
 
 

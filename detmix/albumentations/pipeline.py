@@ -13,9 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.albumentations.arrays import IMAGE_DTYPES, Array, writable
-from detmix.checks import check_target
-from detmix.mixing.join import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
-from detmix.mixing.batch import Sample, Target
+from detmix.targets import BOX_KEYS, Sample, Target, check_target, keys_per_box, like, scaled_areas, size_of, take
 
 
 class AlbumentationsTransform:

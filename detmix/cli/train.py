@@ -17,13 +17,15 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import Tensor, distributed
 
 from detmix.datasets.coco.table import CocoFile
-from detmix.mixing.batch import Mix, Target
-from detmix.training.callbacks import Pictures, read_record, write_record, write_samples
-from detmix.training.checkpoint import read_checkpoint
-from detmix.training.data import Batch, DetectionData, collate
-from detmix.training.module import DetectorModule, NonFiniteLossError
-from detmix.training.resume import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
+from detmix.mixing.plan import Mix
 from detmix.mixing.transform import MixUp
+from detmix.targets import Target
+from detmix.training.callbacks import Pictures, write_samples
+from detmix.training.checkpoint import read_checkpoint
+from detmix.training.data import DetectionData, LoadedBatch, collate
+from detmix.training.module import DetectorModule, NonFiniteLossError
+from detmix.training.records import read_record, write_record
+from detmix.training.resume import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
 
 NOISE = (
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
@@ -217,7 +219,7 @@ class PreviewCLI(DetectorCLI):
             self.parser.exit(2, f"error: {error}\n")
 
 
-def _first_batch(data: DetectionData, count: int) -> Batch:
+def _first_batch(data: DetectionData, count: int) -> LoadedBatch:
     data.batch_size, data.num_workers = count, 0
     batch = data.drop_unreadable(next(iter(data.train_dataloader())), "train")
     if not batch[0]:

@@ -8,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detmix.checks import check_target
-from detmix.losses.rows import Rows
 from detmix.losses.options import DEFAULT, Weighting
+from detmix.losses.rows import Rows
+from detmix.targets import Target, check_target
 
-Target = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 eager: Callable[[Method], Method] = torch.compiler.disable

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detmix.losses.rows import Rows
-from detmix.losses.box_weights import CheckedTargets, Target, all_weights, eager
-from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.losses.box_weights import CheckedTargets, all_weights, eager
 from detmix.losses.options import DEFAULT
+from detmix.losses.rows import Rows
+from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.targets import Target
 
 Indices = Sequence[tuple[Tensor, Tensor]]
 

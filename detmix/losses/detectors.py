@@ -17,8 +17,8 @@ from torch import nn
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from detmix.losses.heads import MIXINS, SEAMS, WeightedAnchors
-from detmix.losses.transformers import WeightedLossFunction, is_transformers_detector
 from detmix.losses.options import Weighting
+from detmix.losses.transformers import WeightedLossFunction, is_transformers_detector
 
 Model = TypeVar("Model", bound=nn.Module)
 

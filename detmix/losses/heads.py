@@ -21,10 +21,12 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
-from detmix.losses.transformers import rebound
-from detmix.losses.box_weights import Target, all_weights, eager, row_weights
-from detmix.losses.weighted_tensor import RULES, WeightedTensor, drop, weighted, weights_of
+from detmix.losses.box_weights import all_weights, eager, row_weights
 from detmix.losses.options import DEFAULT, Weighting
+from detmix.losses.rules import drop
+from detmix.losses.transformers import rebound
+from detmix.losses.weighted_tensor import RULES, WeightedTensor, weighted, weights_of
+from detmix.targets import Target
 
 # Mask R-CNN crops the masks it is to predict with boxes numbered by the object they are matched to. The numbers carry
 # the object's weight; the crops are targets, and need none.

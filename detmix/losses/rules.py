@@ -6,24 +6,104 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import resolve_name
 
-from detmix.losses.rows import Rows, joined, pad, reshaped
-from detmix.losses.weighted_tensor import (
-    RULES,
-    Function,
-    Rule,
-    WeightedTensor,
-    agreed_rows,
-    carry,
-    drop,
-    elementwise,
-    lost,
-    move,
-    reduce,
-    refuse,
-    scaled,
-    weights_of,
-)
+from detmix.losses.rows import Rows, agreed, joined, pad, reshaped
+from detmix.losses.weighted_tensor import RULES, Function, Rule, WeightedTensor, carry, lost, refuse, weights_of
+
+
+def elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Rule for functions whose entries each come from one entry of every operand, broadcast as usual."""
+    out = func(*args, **kwargs)
+    if out.dtype == torch.bool:
+        return out
+    carried = [x.rows.pad(out.ndim) for x in (*args, *kwargs.values()) if type(x) is WeightedTensor]
+    return carry(out, agreed_rows(func, carried))
+
+
+def move(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Rule for functions that move the entries of their first argument: the weights are moved by the same function.
+
+    The weights are spread to the shape of the argument first, which costs no memory, but may in the function.
+    """
+    out = func(x, *args, **kwargs)
+    return carry(out, func(x.weights.expand(x.shape), *args, **kwargs)) if isinstance(x, WeightedTensor) else out
+
+
+def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """Rule for sums and means: entries of one weight stay weighted, entries of several are multiplied and then summed.
+
+    So ``losses.sum(1)`` of weights ``(N, 1)`` carries weights ``(N,)``. This also keeps a ratio of two such sums right.
+    """
+    if args and isinstance(args[-1], bool):
+        *args, keepdim = args  # type: ignore[assignment]
+    dims = _dims(args if args else dim)
+    kwargs |= {"dim": dims, "keepdim": keepdim} if dims else {}
+    if not isinstance(x, WeightedTensor) or not (x.is_floating_point() or x.is_complex()):
+        return func(x, **kwargs)  # a sum of integers counts; it is no loss
+    if dims and (rows := x.rows.remove(dims)) is not None:
+        return carry(func(x, **kwargs), x.rows if keepdim else rows)
+    if kwargs or func not in _TOTALS or x.numel() < _LARGE:
+        return func(scaled(x, x.weights), **kwargs)
+    return _WeightedSum.apply(x.as_subclass(Tensor), x.weights, func)
+
+
+_LARGE = 2**18  # entries; to write the product of fewer takes less time than not to
+
+
+_TOTALS = (torch.sum, torch.mean, Tensor.sum, Tensor.mean)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """``func(x * weights)`` for a sum or mean of all entries, without writing ``x * weights`` or its gradient.
+
+    That product alone costs a dense head a tenth of its loss's time. Where all weights are 1, the value must be
+    ``func(x)`` to the bit, which a sum of the sums of rows is not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weights: Tensor, func: Function) -> Tensor:
+        dims = [d for d in range(x.ndim) if weights.size(d) == 1 and x.size(d) != 1]
+        rows = x.sum(dims, keepdim=True, dtype=torch.promote_types(x.dtype, weights.dtype)) if dims else x
+        ctx.shape, ctx.count = x.shape, 1 if func in (Tensor.sum, torch.sum) else x.numel()
+        ctx.save_for_backward(weights, rows if ctx.needs_input_grad[1] else None)
+        total = ((rows * weights).sum() / ctx.count).to(x.dtype)
+        unit = (weights == 1).all()
+        if x.device.type != "cpu":
+            return torch.where(unit, func(x), total)  # an `if` would wait for the GPU
+        return func(x) if unit else total  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        weights, rows = ctx.saved_tensors
+        grad = (grad / ctx.count).expand((1,) * weights.ndim)  # without dimensions it would not count in the dtype
+        return (grad * weights).to(grad.dtype).expand(ctx.shape), None if rows is None else grad * rows, None
+
+
+def drop(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Rule for functions whose result is no loss and of no row: indices, masks, targets that never carry weights."""
+    return func(*args, **kwargs)
+
+
+def agreed_rows(func: Function, candidates: list[Rows]) -> Rows:
+    """The weights of the operands of one call, which must be the same, and must be some."""
+    if not candidates:  # only something nested in an argument carries weights
+        raise lost(func)
+    if (rows := agreed(candidates)) is None:  # rows meet only themselves: else, whose weight would the result have?
+        raise NotImplementedError(f"{resolve_name(func)} was called on tensors of different loss weights.")
+    return rows
+
+
+def scaled(x: Tensor, weights: Tensor) -> Tensor:
+    """``x * weights`` in the dtype of ``x``: under autocast it is the narrower, and the sum to follow runs in it."""
+    return (x * weights).to(x.dtype)
+
+
+def _dims(dim: Any) -> tuple[int, ...]:
+    """The dimensions of ``sum(1)``, ``sum(0, 1)``, ``sum((0, 1))`` or ``sum(dim=...)``; none for all of them."""
+    if dim is None or isinstance(dim, int):
+        return () if dim is None else (dim,)
+    return tuple(d for part in dim for d in _dims(part))
 
 
 def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_map
 
-from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.box_weights import CheckedTargets, all_weights, eager
-from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.options import DEFAULT, Weighting
+from detmix.losses.weighted_tensor import WeightedTensor, carry
 
 ROW_FUNCTIONS = frozenset({"box_iou", "center_to_corners_format", "generalized_box_iou"})
 """Functions of ``(num_rows, 4)`` boxes that give a row for each: as one step, they cost weights no time."""

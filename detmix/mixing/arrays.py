@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from detmix.mixing.join import take
-from detmix.mixing.batch import Mix
+from detmix.mixing.plan import Mix
 from detmix.mixing.transform import MixUp
+from detmix.targets import take
 
 Images = TypeVar("Images", Tensor, npt.NDArray[Any])
 Labels = TypeVar("Labels", Tensor, npt.NDArray[Any])

@@ -4,75 +4,17 @@ Mixup for object detection as in the Bag of Freebies [arXiv:1902.04103, sec. 3.1
 on one canvas, both at its top left, so every box keeps its pixel coordinates, and every box is kept with a weight.
 """
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from detmix.mixing.blend import blend_batch, blend_each, blend_images, canvas_size
-from detmix.checks import check_batch, check_target
-from detmix.mixing.join import BOX_KEYS, size_of
-from detmix.mixing.merge import Target, merge_batch
-from detmix.mixing.placement import Placement, place
-from detmix.targets import annotated, box_fields, merge_targets, unmixed_target
-
-__all__ = [
-    "BOX_KEYS",
-    "Mix",
-    "Placement",
-    "Sample",
-    "Target",
-    "blend_batch",
-    "blend_images",
-    "box_fields",
-    "canvas_size",
-    "merge_targets",
-    "mix_labels",
-    "mixup",
-    "mixup_batch",
-    "unmixed",
-]
-
-Sample = tuple[Tensor, Target]
-Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
-
-
-class Mix(NamedTuple):
-    """What is done to one sample, drawn before anything is done: plain numbers, to log, to store and to replay.
-
-    Example:
-        >>> Mix(partner=1, lam=0.75, shares=(0.75, 0.25))
-        Mix(partner=1, lam=0.75, shares=(0.75, 0.25), placement=None)
-    """
-
-    partner: int = -1
-    """The index of the sample it is mixed with; -1 for one that is left as it is."""
-    lam: float = 1.0
-    """The sample's own share of the image."""
-    shares: tuple[float, float] = (1.0, 0.0)
-    """What the weights of its own boxes and of its partner's are multiplied by."""
-    placement: Placement | None = None
-    """How the partner lies on its canvas; both at the top left, unscaled, if ``None``."""
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Mix":
-        """The plan that a mixed target, or a JSON object, records.
-
-        Example:
-            >>> Mix.of({"boxes": ..., "partner": 3, "lam": 0.25, "shares": [0.25, 0.75], "placement": None})
-            Mix(partner=3, lam=0.25, shares=(0.25, 0.75), placement=None)
-        """
-        if missing := [field for field in cls._fields if field not in record]:
-            raise ValueError(f"a record of a mix must hold {list(cls._fields)}, but {missing} are missing.")
-        placement = record["placement"]
-        return cls(
-            int(record["partner"]),
-            float(record["lam"]),
-            (float(record["shares"][0]), float(record["shares"][1])),
-            None if placement is None else Placement(*map(float, placement)),
-        )
+from detmix.mixing.blend import blend_batch, blend_each, blend_images
+from detmix.mixing.memory import canvas_size
+from detmix.mixing.merge import merge_batch, merge_targets, unmixed_target
+from detmix.mixing.placement import place
+from detmix.mixing.plan import Mix, Placement
+from detmix.targets import BOX_KEYS, Batch, Sample, Target, annotated, check_batch, check_target, size_of
 
 
 def mixup(
@@ -106,6 +48,7 @@ def mixup(
         ValueError: as its parts, and where a target does not fit its image.
 
     Example:
+        >>> import torch
         >>> target = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 2.0]]), "labels": torch.tensor([1])}
         >>> image, mixed = mixup((torch.ones(3, 4, 4), target), (torch.zeros(3, 2, 6), target), 0.75)
         >>> image.shape, mixed["weights"]
@@ -157,6 +100,7 @@ def mixup_batch(
         TypeError: if ``inplace`` is asked for and the images are no batch tensor, or ``out`` is none.
 
     Example:
+        >>> import torch
         >>> target = {"boxes": torch.tensor([[0.0, 0.0, 2.0, 2.0]]), "labels": torch.tensor([1])}
         >>> plan = [Mix(1, 0.75, (0.75, 0.25)), Mix()]
         >>> images, targets = mixup_batch(torch.ones(2, 3, 4, 4), [target, target], plan)
@@ -220,42 +164,6 @@ def mixup_batch(
     return blends if out is None else out, merged
 
 
-def mix_labels(
-    labels: Tensor, plan: Sequence[Mix], *, num_classes: int | None = None, pool: Tensor | None = None
-) -> Tensor:
-    """Mix class labels by a plan: the soft labels of classification [arXiv:1710.09412, sec. 2].
-
-    Args:
-        labels: Classes ``(B,)``, integers from 0, or one-hot or soft labels ``(B, num_classes)``.
-        plan: For each entry what is done to it.
-        num_classes: Needed for integer labels.
-        pool: The labels that the partners come from, if they do not come from the batch.
-
-    Returns:
-        Soft labels ``(B, num_classes)``, floating point: float32 for integers.
-
-    Raises:
-        ValueError: if labels are neither, or a class lies outside 0..num_classes - 1.
-
-    Example:
-        >>> mix_labels(torch.tensor([0, 2]), [Mix(1, 0.75, (0.75, 0.25)), Mix()], num_classes=3)
-        tensor([[0.7500, 0.0000, 0.2500],
-                [0.0000, 0.0000, 1.0000]])
-    """
-    first = _one_hot(labels, num_classes, "labels")
-    others = first if pool is None else _one_hot(pool, num_classes, "labels of the pool")
-    if not len(first) == len(plan):
-        raise ValueError(f"plan must say what is done to each of {len(first)} labels, but has {len(plan)} entries.")
-    if first.shape[1:] != others.shape[1:]:
-        raise ValueError(
-            f"labels and those of the pool must have the same classes, but have {first.shape[1]} and {others.shape[1]}."
-        )
-    shares = torch.tensor([mix.shares for mix in plan], dtype=first.dtype).reshape(-1, 2)
-    rows = torch.tensor([mix.partner for mix in plan], dtype=torch.int64)
-    shares, rows = shares.to(first.device, non_blocking=True), rows.to(first.device, non_blocking=True)
-    return shares[:, :1] * first + (shares[:, 1:] * others[rows] if len(plan) else 0)
-
-
 def unmixed(sample: Sample, *, min_weight: float = 0.0, box_keys: Collection[str] = BOX_KEYS) -> Sample:
     """A copy of a sample with the keys a mixed one has: its weights or 1, source 0, lam 1.
 
@@ -265,6 +173,7 @@ def unmixed(sample: Sample, *, min_weight: float = 0.0, box_keys: Collection[str
         box_keys: See `merge_targets`.
 
     Example:
+        >>> import torch
         >>> _, target = unmixed((torch.zeros(3, 4, 4), {"boxes": torch.zeros(1, 4)}))
         >>> target["weights"], target["source"], target["lam"]
         (tensor([1.]), tensor([0]), 1.0)
@@ -292,20 +201,3 @@ def _placed(
     if placement is None:
         return second
     return place(*second, size_of(image), placement, fill=fill, box_keys=box_keys)
-
-
-def _one_hot(labels: Tensor, num_classes: int | None, name: str) -> Tensor:
-    if labels.ndim == 2:
-        return labels if labels.is_floating_point() else labels.float()
-    if labels.ndim != 1 or labels.is_floating_point():
-        raise ValueError(
-            f"{name} must be classes (B,), integers, or soft labels (B, num_classes), but are "
-            f"{tuple(labels.shape)} {labels.dtype}."
-        )
-    if num_classes is None:
-        raise ValueError(f"num_classes must be given to mix integer {name}.")
-    if labels.device.type == "cpu" and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"{name} must lie in 0..{num_classes - 1}, but go from {int(labels.min())} to {int(labels.max())}."
-        )
-    return F.one_hot(labels.long(), num_classes).float()

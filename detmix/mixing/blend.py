@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from detmix.mixing.join import like, plain
-from detmix.mixing.blend_cpu import Blend, Step, copy_pixels, write, write_batch
+from detmix.mixing.blend_cpu import copy_pixels, write, write_batch
+from detmix.mixing.memory import Blend, Step, canvas_size, check_is_apart, check_out, copy_if_written, make_canvas
+from detmix.mixing.plan import check_lam
+from detmix.targets import like, plain
 
 
 def blend_images(
@@ -47,7 +48,7 @@ def blend_images(
     """
     blend, levels = _prepare(first, second, lam, fill, out)
     if out is not None:
-        _check_is_apart([out], [first, second])
+        check_is_apart([out], [first, second])
     write([blend], levels)
     return like(blend.out, first) if out is None else out
 
@@ -87,7 +88,7 @@ def blend_each(
         for i, (first, second, lam) in enumerate(zip(firsts, seconds, lams, strict=True))
     ]
     if outs is not None:
-        _check_is_apart(outs, [*firsts, *(second for second in seconds if second is not None)])
+        check_is_apart(outs, [*firsts, *(second for second in seconds if second is not None)])
     groups: defaultdict[Any, list[Blend]] = defaultdict(list)
     for (blend, levels), second in zip(prepared, seconds, strict=True):
         if second is None:
@@ -143,23 +144,23 @@ def blend_batch(
     if out is not None:
         if inplace:
             raise ValueError("out must be None if the blends are written into images, inplace=True.")
-        _check_out(out, entries, entries.shape)
-        _check_is_apart([out], [entries, *([pool] if isinstance(pool, Tensor) else pool or [])])
+        check_out(out, entries, entries.shape)
+        check_is_apart([out], [entries, *([pool] if isinstance(pool, Tensor) else pool or [])])
     levels = _check_levels(fill, entries[0]) if entries.ndim == 4 and len(entries) else (0.0,)
     if not inplace and isinstance(seconds, Tensor) and _are_small(entries, seconds):
         blended = _blend_at_once(entries, partners, lams, seconds)
         return like(blended, images) if out is None else out.copy_(blended)
-    target = entries if inplace else _make_canvas(entries, entries.shape) if out is None else plain(out)
+    target = entries if inplace else make_canvas(entries, entries.shape) if out is None else plain(out)
     order = _order(partners) if inplace and pool is None else [(i, False) for i, j in enumerate(partners) if j >= 0]
     if isinstance(seconds, Tensor):
         if inplace and pool is not None:
-            seconds = _copy_if_written(seconds, entries)
+            seconds = copy_if_written(seconds, entries)
         steps = [Step(i, partners[i], lams[i], is_read) for i, is_read in order]
         write_batch(target, entries, seconds, steps, levels)
     else:
         others = [plain(seconds[partners[i]]) for i, _ in order]
         if inplace:
-            others = [_copy_if_written(other, entries) for other in others]
+            others = [copy_if_written(other, entries) for other in others]
         write(
             [Blend(target[i], entries[i], other, lams[i]) for (i, _), other in zip(order, others, strict=True)], levels
         )
@@ -168,22 +169,6 @@ def blend_batch(
             if j < 0:
                 target[i].copy_(entries[i])
     return images if inplace else like(target, images) if out is None else out
-
-
-def canvas_size(first: Tensor, second: Tensor) -> tuple[int, int]:
-    """The (height, width) in pixels of the smallest canvas that holds both images at its top left.
-
-    Example:
-        >>> canvas_size(torch.zeros(3, 4, 9), torch.zeros(3, 6, 2))
-        (6, 9)
-    """
-    return max(first.shape[-2], second.shape[-2]), max(first.shape[-1], second.shape[-1])
-
-
-def check_lam(lam: float) -> None:
-    """Raise a ValueError unless lam is a share."""
-    if not 0 <= lam <= 1:
-        raise ValueError(f"lam is the share of the first image and must lie in [0, 1], but it is {lam}.")
 
 
 def _prepare(
@@ -196,8 +181,8 @@ def _prepare(
     one, other = plain(first), plain(second)
     shape = (one.shape[0], *canvas_size(one, other))
     if out is None:
-        return Blend(_make_canvas(one, shape), one, other, lam), levels
-    _check_out(out, one, shape)
+        return Blend(make_canvas(one, shape), one, other, lam), levels
+    check_out(out, one, shape)
     return Blend(plain(out), one, other, lam), levels
 
 
@@ -297,48 +282,3 @@ def _check_values(values: tuple[float, ...], dtype: torch.dtype, channels: int) 
                 f"fill must be a whole number from {info.min} to {info.max} for images of {dtype}, but it is {given}."
             )
     return values
-
-
-def _check_out(out: Tensor, template: Tensor, shape: Sequence[int]) -> None:
-    for what, given, expected in (
-        ("shape", tuple(out.shape), tuple(shape)),
-        ("dtype", out.dtype, template.dtype),
-        ("device", out.device, template.device),
-    ):
-        if given != expected:
-            raise ValueError(f"out must have the blend's {what}, {expected}, but has {given}.")
-
-
-def _copy_if_written(tensor: Tensor, entries: Tensor) -> Tensor:
-    """What is read must outlast what is written."""
-    return tensor.clone() if _is_overlap(_memory(tensor), _memory(entries)) else tensor
-
-
-def _check_is_apart(outs: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    extents = [_memory(tensor) for tensor in {id(tensor): tensor for tensor in read}.values()]
-    if any(_is_overlap(out, extent) for out in map(_memory, outs) for extent in extents):
-        raise ValueError("out must not share memory with what is blended; inplace=True writes into the batch itself.")
-
-
-def _is_overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
-
-
-def _memory(tensor: Tensor) -> tuple[int, int]:
-    """The addresses that a tensor begins and ends at."""
-    memory = plain(tensor)
-    extent = sum((size - 1) * stride for size, stride in zip(memory.shape, memory.stride(), strict=True))
-    start = memory.data_ptr()
-    return start, start + (extent + 1) * memory.element_size() if memory.numel() else start
-
-
-def _make_canvas(image: Tensor, shape: tuple[int, ...]) -> Tensor:
-    # The layout of the image: channels last stays so.
-    sides = range(image.ndim)
-    layout = sorted(sides, key=image.stride().__getitem__, reverse=True)
-    if image.is_cpu and image.dtype == torch.uint8 and all(shape):
-        # Memory of numpy's, as what it frees is used again, while torch's aligned memory tends to come fresh from the
-        # system: first touches would cost a quarter of the blend.
-        array = np.empty([shape[side] for side in layout], np.uint8)
-        return torch.from_numpy(array).permute([layout.index(side) for side in sides])
-    return torch.empty_permuted(shape, layout, dtype=image.dtype, device=image.device)

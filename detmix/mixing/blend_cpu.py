@@ -5,39 +5,20 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Layout = Literal["flat", "channels first", "channels last"]
-"""How entries of one memory order are a stack of planes of rows: one row, a plane a channel, or one of pixels."""
+from detmix.mixing.memory import Blend, Layout, Step
+
 Window = tuple[slice, slice]
 Routine = Callable[[Sequence[Any], Sequence[Layout], Sequence[float]], None]
 """Writes blends of given layouts, with levels as `write` takes them."""
 BLOCK_BYTES = 2**18
 """Of each entry of a batch that is mixed in place: three of them fit into the second cache of most processors."""
-
-
-class Blend(NamedTuple):
-    """One blend to write: ``out`` holds both images at its top left; it may be the memory of ``first``."""
-
-    out: Tensor
-    first: Tensor
-    second: Tensor
-    lam: float
-
-
-class Step(NamedTuple):
-    """One blend of entries of batches."""
-
-    entry: int
-    partner: int
-    lam: float
-    is_read_later: bool
-    """Whether a later step reads what the entry was before."""
 
 
 def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:

@@ -78,7 +78,7 @@ def write(blends: Sequence[Any], layouts: Sequence[str], levels: Sequence[float]
 
     Args:
         blends: See `detmix.mixing.blend_cpu.write`.
-        layouts: The `detmix.mixing.blend_cpu.Layout` of each.
+        layouts: The `detmix.mixing.memory.Layout` of each.
         levels: See `detmix.mixing.blend_cpu.write`.
     """
     dtype = blends[0].out.dtype

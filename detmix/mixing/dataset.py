@@ -9,11 +9,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.checks import check_target
-from detmix.mixing.batch import Mix, Sample, Target
 from detmix.mixing.pairing import CONDITIONS
-from detmix.targets import annotated
+from detmix.mixing.plan import Mix
 from detmix.mixing.transform import MixUp
+from detmix.targets import Sample, Target, annotated, check_target
 
 TRIES = 16
 """How many partners are loaded at most to find one that meets a condition."""

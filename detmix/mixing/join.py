@@ -1,7 +1,7 @@
 """What belongs to each box of a target: which keys do, and how their values are joined, chosen and made empty."""
 
 import copy
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,90 +11,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-BOX_KEYS = frozenset(
-    (
-        *("boxes", "labels", "weights", "source"),
-        *("masks", "keypoints", "area", "iscrowd"),  # what torchvision's detectors and COCO evaluation read
-        *("bbox", "category_id", "id", "segmentation", "num_keypoints"),  # COCO's own, by torchvision's CocoDetection
-        *("difficult", "truncated", "occluded"),  # VOC's and KITTI's
-        *("type", "alpha", "dimensions", "location", "rotation_y"),  # KITTI's
-        *("blur", "expression", "illumination", "occlusion", "pose", "invalid"),  # WIDER FACE's
-    )
-)
-"""Target keys that hold one entry per box: joined by a mix. Every other key is the first sample's."""
+from detmix.targets import like, plain
 
 SHARED_BYTES = 2**18
 """How large a tensor may be that several targets hold parts of: what would be larger is joined for each by itself."""
 
 _JOINABLE = (Tensor, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
-
-
-def is_list(value: Any) -> bool:
-    """Whether a value has entries at all; what has none belongs to the image."""
-    return entries(value) is not None
-
-
-def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS) -> set[str]:
-    """The keys of a target that have one entry per box: those with entries among ``box_keys``.
-
-    Example:
-        >>> sorted(keys_per_box({"boxes": torch.zeros(1, 4), "labels": torch.ones(1), "id": 17, "size": [8, 8]}))
-        ['boxes', 'labels']
-    """
-    return {key for key, value in target.items() if key in box_keys and is_list(value)}
-
-
-def take(value: Any, rows: Tensor) -> Any:
-    """The entries of a per-box value at ``rows`` (int64), as the same type.
-
-    Example:
-        >>> take(["a", "b", "c"], torch.tensor([2, 0]))
-        ['c', 'a']
-    """
-    if isinstance(value, Tensor):
-        return like(plain(value)[rows], value)
-    if isinstance(value, np.ndarray):
-        return value[rows.numpy()]
-    return [value[row] for row in rows.tolist()]
-
-
-def scaled_areas(areas: Any, ratios: Tensor) -> Any:
-    """Areas, a tensor or a list, times a ratio for each, as the same type and dtype.
-
-    Example:
-        >>> scaled_areas([8, 6], torch.tensor([0.5, 2.0]))
-        [4, 12]
-    """
-    values = torch.as_tensor(areas)
-    scaled = (values * ratios).to(values.dtype)
-    return scaled if isinstance(areas, Tensor) else scaled.tolist()
-
-
-def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None) -> Tensor:
-    """A plain tensor as the type of another, `tv_tensors` included, on a new canvas if there is one."""
-    if not isinstance(template, tv_tensors.TVTensor):
-        return value
-    update = {"canvas_size": canvas} if hasattr(template, "canvas_size") and canvas else {}
-    wrapped: Tensor = tv_tensors.wrap(value, like=template, **update)
-    return wrapped
-
-
-def plain(value: Tensor) -> Tensor:
-    """A tensor of whatever type as a plain one, which tells its attributes several times as fast as `tv_tensors`."""
-    return value if type(value) is Tensor else value.as_subclass(Tensor)
-
-
-def size_of(image: Tensor) -> tuple[int, int]:
-    """``(height, width)`` of an image, or of those of a batch, in pixels."""
-    return image.shape[-2], image.shape[-1]
-
-
-def entries(value: Any) -> int | None:
-    """How many entries a value has; ``None`` for a number, a string or a tensor without dimensions."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        shape = value.shape
-        return shape[0] if shape else None
-    return len(value) if isinstance(value, (list, tuple)) else None
 
 
 def as_alike(key: str, values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Tensor] | None:

@@ -7,10 +7,67 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detmix.mixing.blend import check_lam
-from detmix.mixing.join import BOX_KEYS, as_alike, copied, entries, join, join_alike, like, plain, split, take
+from detmix.mixing.join import as_alike, copied, join, join_alike, split
+from detmix.mixing.plan import check_lam
+from detmix.targets import BOX_KEYS, Target, entries, like, plain, take
 
-Target = dict[str, Any]
+
+def merge_targets(
+    first: Target,
+    second: Target,
+    lam: float,
+    canvas_size: tuple[int, int],
+    *,
+    shares: tuple[float, float] | None = None,
+    min_weight: float = 0.0,
+    box_keys: Collection[str] = BOX_KEYS,
+) -> Target:
+    """Join what belongs to each box of two targets and scale the boxes' weights by their image's share.
+
+    ``weights`` of the first are multiplied by ``lam``, those of the second by ``1 - lam``; a target without weights
+    weighs every box 1. ``source`` says which image a box came from: 0 for the first, 1 for the second. Boxes and
+    keypoints keep their pixel coordinates, the second's boxes are converted to the first's format, masks are padded to
+    the canvas. Keys outside ``box_keys`` are the first's, by identity, and so is a value without entries, such as a
+    number, whatever its key. A target with no boxes need not have the other's keys.
+
+    Args:
+        first: Target with ``boxes`` ``(N1, 4)`` in pixels (or any `tv_tensors.BoundingBoxes`, rotated ones included)
+            and per-box keys: tensors, arrays or lists.
+        second: Target with the same per-box keys; ``weights`` and ``source`` may be missing on either side.
+        lam: The share of ``first``, in [0, 1].
+        canvas_size: ``(height, width)`` of the blended image.
+        shares: What the weights of the first's and the second's boxes are multiplied by; ``(lam, 1 - lam)`` if
+            ``None``.
+        min_weight: Boxes that would weigh less are dropped. On CUDA that waits for the device if a target comes with
+            weights of its own, or with lists.
+        box_keys: The names of the keys that have one entry per box.
+
+    Returns:
+        A new target, first's boxes before second's, with float32 ``weights`` ``(N1 + N2,)``, int64 ``source``,
+        and ``lam``, ``shares`` and ``canvas``.
+
+    Raises:
+        ValueError: if a per-box key is missing on one side, its length is not the number of boxes, or its values cannot
+            be one.
+
+    Example:
+        >>> first = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.tensor([1])}
+        >>> second = {"boxes": torch.tensor([[2.0, 1.0, 6.0, 3.0]]), "labels": torch.tensor([2])}
+        >>> merged = merge_targets(first, second, 0.75, (8, 8))
+        >>> merged["labels"], merged["weights"], merged["source"]
+        (tensor([1, 2]), tensor([0.7500, 0.2500]), tensor([0, 1]))
+    """
+    shares = (lam, 1 - lam) if shares is None else shares
+    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
+    return merge_batch([first, second], [[0, 1]], [lam], [shares], [canvas_size], **options)[0]
+
+
+def unmixed_target(
+    target: Target, canvas_size: tuple[int, int], *, min_weight: float = 0.0, box_keys: Collection[str] = BOX_KEYS
+) -> Target:
+    """A copy of a target with the keys that `merge_targets` writes."""
+    options: dict[str, Any] = {"min_weight": min_weight, "box_keys": box_keys}
+    return merge_batch([target], [[0]], [1.0], [(1.0, 0.0)], [canvas_size], **options)[0]
 
 
 def merge_batch(
@@ -23,7 +80,7 @@ def merge_batch(
     min_weight: float = 0.0,
     box_keys: Collection[str] = BOX_KEYS,
 ) -> list[Target]:
-    """Do for each sample of a batch what `detmix.targets.merge_targets` does for one, in no more operations.
+    """Do for each sample of a batch what `detmix.mixing.merge.merge_targets` does for one, in no more operations.
 
     Args:
         targets: All that take part.
@@ -31,15 +88,15 @@ def merge_batch(
         lams: For each sample the share of first, in [0, 1].
         shares: For each sample what the weights of the boxes of first and second are multiplied by.
         canvases: For each sample ``(height, width)`` of the blended image.
-        min_weight: See `detmix.targets.merge_targets`.
-        box_keys: See `detmix.targets.merge_targets`.
+        min_weight: See `detmix.mixing.merge.merge_targets`.
+        box_keys: See `detmix.mixing.merge.merge_targets`.
 
     Returns:
         A new target for each sample. What they hold of a key can be parts of one tensor; see
         `detmix.mixing.join.join_alike`.
 
     Raises:
-        ValueError: as `detmix.targets.merge_targets`.
+        ValueError: as `detmix.mixing.merge.merge_targets`.
 
     Example:
         >>> target = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]]), "labels": torch.tensor([1])}

@@ -4,30 +4,15 @@ The form of mixup of YOLOX [arXiv:2107.08430, sec. 2.1] and RTMDet [arXiv:2212.0
 """
 
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.mixing.join import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
-
-
-class Placement(NamedTuple):
-    """Where the second image lies on the first's canvas: plain numbers that fit images of any size.
-
-    Example:
-        >>> Placement(scale=0.5, x=1.0, y=0.0)  # half as large as fits, in the upper right corner
-        Placement(scale=0.5, x=1.0, y=0.0)
-    """
-
-    scale: float
-    """Its size, as a multiple of the largest at which the whole image fits onto the canvas."""
-    x: float
-    """0 to 1: at the left edge of the canvas, at the right one, or between; where it is wider, which part is seen."""
-    y: float
-    """0 to 1: the same from top to bottom."""
+from detmix.mixing.plan import Placement
+from detmix.targets import BOX_KEYS, keys_per_box, like, scaled_areas, size_of, take
 
 
 def place(

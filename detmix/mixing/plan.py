@@ -2,12 +2,74 @@
 
 import math
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+
+class Placement(NamedTuple):
+    """Where the second image lies on the first's canvas: plain numbers that fit images of any size.
+
+    Example:
+        >>> Placement(scale=0.5, x=1.0, y=0.0)  # half as large as fits, in the upper right corner
+        Placement(scale=0.5, x=1.0, y=0.0)
+    """
+
+    scale: float
+    """Its size, as a multiple of the largest at which the whole image fits onto the canvas."""
+    x: float
+    """0 to 1: at the left edge of the canvas, at the right one, or between; where it is wider, which part is seen."""
+    y: float
+    """0 to 1: the same from top to bottom."""
+
+
+class Mix(NamedTuple):
+    """What is done to one sample, drawn before anything is done: plain numbers, to log, to store and to replay.
+
+    Example:
+        >>> Mix(partner=1, lam=0.75, shares=(0.75, 0.25))
+        Mix(partner=1, lam=0.75, shares=(0.75, 0.25), placement=None)
+    """
+
+    partner: int = -1
+    """The index of the sample it is mixed with; -1 for one that is left as it is."""
+    lam: float = 1.0
+    """The sample's own share of the image."""
+    shares: tuple[float, float] = (1.0, 0.0)
+    """What the weights of its own boxes and of its partner's are multiplied by."""
+    placement: Placement | None = None
+    """How the partner lies on its canvas; both at the top left, unscaled, if ``None``."""
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Mix":
+        """The plan that a mixed target, or a JSON object, records.
+
+        Example:
+            >>> Mix.of({"boxes": ..., "partner": 3, "lam": 0.25, "shares": [0.25, 0.75], "placement": None})
+            Mix(partner=3, lam=0.25, shares=(0.25, 0.75), placement=None)
+        """
+        if missing := [field for field in cls._fields if field not in record]:
+            raise ValueError(f"a record of a mix must hold {list(cls._fields)}, but {missing} are missing.")
+        placement = record["placement"]
+        return cls(
+            int(record["partner"]),
+            float(record["lam"]),
+            (float(record["shares"][0]), float(record["shares"][1])),
+            None if placement is None else Placement(*map(float, placement)),
+        )
+
 
 Range = tuple[float, float]
+
+
 Law = float | Range | Callable[[random.Random], float] | None
 """A constant, ``(low, high)`` for the uniform law, a function of the source of draws, or ``None`` for Beta."""
+
+SHARES: dict[str, Callable[[float], Range]] = {
+    "lam": lambda lam: (lam, 1 - lam),
+    "first": lambda lam: (1.0, 0.0),
+    "ones": lambda lam: (1.0, 1.0),
+}
+"""What the weights of the boxes of first and second are multiplied by, by name."""
 
 
 def check_law(alpha: float | Range, lam: Law) -> None:
@@ -27,6 +89,12 @@ def check_law(alpha: float | Range, lam: Law) -> None:
         return
     if not is_range(lam) or not 0 <= pair_of(lam)[0] <= pair_of(lam)[1] <= 1:
         raise ValueError(f"lam must be a share in [0, 1], or (low, high), or a function, but it is {lam!r}.")
+
+
+def check_lam(lam: float) -> None:
+    """Raise a ValueError unless lam is a share."""
+    if not 0 <= lam <= 1:
+        raise ValueError(f"lam is the share of the first image and must lie in [0, 1], but it is {lam}.")
 
 
 def draw_lam(rng: random.Random, alpha: float | Range, lam: Law = None) -> float:

@@ -2,25 +2,19 @@
 
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import get_worker_info
 
-from detmix.mixing import batch as functional
-from detmix.mixing.join import BOX_KEYS
-from detmix.mixing.batch import Mix, Placement, Target
-from detmix.mixing.plan import Law, Range, check_law, draw_lam, is_range
+from detmix.mixing.batch import mixup_batch
+from detmix.mixing.blend import blend_batch
+from detmix.mixing.labels import mix_labels
 from detmix.mixing.pairing import PAIRINGS, Pairing, pair
-
-SHARES: dict[str, Callable[[float], Range]] = {
-    "lam": lambda lam: (lam, 1 - lam),
-    "first": lambda lam: (1.0, 0.0),
-    "ones": lambda lam: (1.0, 1.0),
-}
-"""What the weights of the boxes of first and second are multiplied by, by name."""
+from detmix.mixing.plan import SHARES, Law, Mix, Placement, Range, check_law, draw_lam, is_range
+from detmix.targets import BOX_KEYS, Target
 
 
 class MixUp(nn.Module):
@@ -231,14 +225,14 @@ class MixUp(nn.Module):
         plan = self.make_params(targets, None if pool is None else pool[1]) if params is None else params
         if not isinstance(targets, Tensor):
             options: dict[str, Any] = {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}
-            return functional.mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, out=out, **options)
+            return mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, out=out, **options)
         if not isinstance(images, Tensor) or self.scale is not None:
             raise TypeError("class labels go with one batch tensor, and with no scale; detection targets are dicts.")
         entries, labels = (None, None) if pool is None else pool
-        soft = functional.mix_labels(targets, plan, num_classes=self.num_classes, pool=labels)
+        soft = mix_labels(targets, plan, num_classes=self.num_classes, pool=labels)
         partners, lams = [mix.partner for mix in plan], [mix.lam for mix in plan]
         memory: dict[str, Any] = {"inplace": self.inplace, "out": out}
-        return functional.blend_batch(images, partners, lams, pool=entries, fill=self.fill, **memory), soft
+        return blend_batch(images, partners, lams, pool=entries, fill=self.fill, **memory), soft
 
     def get_extra_state(self) -> dict[str, Any]:
         """Where the draws stand, for ``state_dict``: the epoch and the batches drawn in it."""

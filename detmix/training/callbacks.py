@@ -1,8 +1,6 @@
 """Pictures of a run: what it trained on, how it went and what it found."""
 
 import csv
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from detmix.mixing.batch import Mix, Target
+from detmix.targets import Target
+from detmix.training.records import write_record
 from detmix.visualize import draw_grid, draw_sample
 
 GROUND_TRUTH, PREDICTION = "#40ff40", "#ff40c0"
@@ -98,51 +97,6 @@ def write_samples(images: Sequence[Tensor], targets: Sequence[Target], class_nam
     _write([draw_sample(image, target, class_names) for image, target in zip(images, targets, strict=False)], path)
 
 
-def write_record(targets: Sequence[Target], path: Path) -> None:
-    """Record how a batch was mixed, one JSON object a sample, whole or not at all.
-
-    Args:
-        targets: All mixed targets of the batch, since a partner is an index among them.
-        path: The JSON file to write.
-    """
-    ids = [None if (image_id := target.get("image_id")) is None else int(image_id) for target in targets]
-    plan = [Mix.of(target) if "lam" in target else Mix() for target in targets]
-    # A partner that is no index among the targets, as a MixUpDataset's, must not end a training.
-    partner_ids = [ids[mix.partner] if 0 <= mix.partner < len(ids) else None for mix in plan]
-    samples = [
-        {"image_id": image_id, "partner_image_id": partner_id, **mix._asdict()}
-        for image_id, partner_id, mix in zip(ids, partner_ids, plan, strict=True)
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text("[\n" + ",\n".join(f"  {json.dumps(sample)}" for sample in samples) + "\n]\n")
-    fresh.replace(path)
-
-
-def read_record(path: Path) -> tuple[list[int], list[Mix]]:
-    """Read what `write_record` wrote.
-
-    Args:
-        path: The JSON file.
-
-    Returns:
-        The image ids of the batch, and its plan.
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: naming the sample, the key, its value and what was expected, if it does not hold a record.
-    """
-    try:
-        samples = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid json: {error}.") from error
-    if not (isinstance(samples, list) and samples and all(isinstance(sample, dict) for sample in samples)):
-        raise ValueError(f"{path} must hold the record of a mixed batch, a list of one object a sample.")
-    for i, sample in enumerate(samples):
-        _check_record(sample, samples, f"sample {i} of {path}")
-    return [sample["image_id"] for sample in samples], [Mix.of(sample) for sample in samples]
-
-
 def draw_curves(log: Path, path: Path) -> None:
     """Draw ``train/...`` losses and ``val/...`` APs of a CSV log over the steps into one PNG.
 
@@ -181,30 +135,3 @@ def draw_curves(log: Path, path: Path) -> None:
 def _write(pictures: Sequence[Tensor], path: Path, columns: int = 4) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     TF.to_pil_image(draw_grid(pictures, columns)).save(path)
-
-
-def _check_record(sample: dict[str, Any], samples: Sequence[dict[str, Any]], where: str) -> None:
-    if missing := [key for key in ("image_id", "partner_image_id", *Mix._fields) if key not in sample]:
-        raise ValueError(f"{where} must hold {missing}, but it holds {sorted(sample)}.")
-    partner, placement = sample["partner"], sample["placement"]
-    is_partner = type(partner) is int and -1 <= partner < len(samples)
-    partner_id = samples[partner].get("image_id") if is_partner and partner >= 0 else None
-    is_placed = isinstance(placement, list) and len(placement) == 3 and _are_numbers(placement[:1], sys.float_info.max)
-    for key, fits, expected in (
-        ("image_id", type(sample["image_id"]) is int, "a whole number"),
-        ("partner", is_partner, f"the index of one of the {len(samples)} samples, or -1"),
-        ("partner_image_id", sample["partner_image_id"] == partner_id, f"{partner_id}, that of its partner"),
-        ("lam", _are_numbers([sample["lam"]], 1), "a number in [0, 1]"),
-        ("shares", _are_numbers(sample["shares"], 1) and len(sample["shares"]) == 2, "two numbers in [0, 1]"),
-        (
-            "placement",
-            placement is None or (is_placed and placement[0] > 0 and _are_numbers(placement[1:], 1)),
-            "null, or a positive number and two in [0, 1]",
-        ),
-    ):
-        if not fits:
-            raise ValueError(f"{key} of {where} must be {expected}, but it is {sample[key]!r}.")
-
-
-def _are_numbers(values: Any, most: float) -> bool:
-    return isinstance(values, list) and all(type(value) in (int, float) and 0 <= value <= most for value in values)

@@ -16,14 +16,14 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.albumentations import AlbumentationsTransform
-from detmix.checks import check_batch
 from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.shapes import draw_shapes
-from detmix.mixing.batch import Sample, Target
-from detmix.training.sampling import EpochBatchSampler, SeededDataset, set_seed
 from detmix.mixing.transform import MixUp
+from detmix.targets import Sample, Target, check_batch
+from detmix.training.sampling import EpochBatchSampler, SeededDataset, set_seed
 
-Batch = tuple[list[Tensor], list[Target]]
+LoadedBatch = tuple[list[Tensor], list[Target]]
+"""What `collate` makes: images ``(3, H_i, W_i)`` and as many targets."""
 
 
 class DetectionData(L.LightningDataModule):
@@ -193,7 +193,7 @@ class DetectionData(L.LightningDataModule):
         if self.mixup is not None and state_dict["mixup"] is not None:
             self.mixup.set_extra_state(state_dict["mixup"])
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_before_batch_transfer(self, batch: LoadedBatch, dataloader_idx: int) -> LoadedBatch:
         """Check a batch, and seed what is drawn for it, before it leaves the CPU, where no look at it waits."""
         batch = self.drop_unreadable(batch, "train" if self.trainer and self.trainer.training else "val")
         check_batch(*batch, num_classes=self.num_classes)
@@ -203,7 +203,7 @@ class DetectionData(L.LightningDataModule):
             set_seed(self.seed, self._epoch, loop.batch_progress.current.ready, self.trainer.global_rank)
         return batch
 
-    def drop_unreadable(self, batch: Batch, split: str) -> Batch:
+    def drop_unreadable(self, batch: LoadedBatch, split: str) -> LoadedBatch:
         """The samples of a split's batch whose images could be decoded; the others are named once, and counted."""
         read = []
         for image, target in zip(*batch, strict=True):
@@ -214,7 +214,7 @@ class DetectionData(L.LightningDataModule):
                 warnings.warn(f"image {target['image_id']} is skipped: {target['error']}", stacklevel=2)
         return [image for image, _ in read], [target for _, target in read]
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: LoadedBatch, dataloader_idx: int) -> LoadedBatch:
         """Mix a training batch on its device, then make the images float32 in [0, 1]."""
         images, targets = batch
         if self.mixup and images and self.trainer and self.trainer.training:
@@ -228,6 +228,6 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate(samples: Sequence[Sample]) -> LoadedBatch:
     """Images of any sizes as a list, and their targets as another."""
     return [image for image, _ in samples], [target for _, target in samples]

@@ -14,11 +14,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from detmix.mixing.batch import Target
 from detmix.losses import weight_losses
-from detmix.training.callbacks import write_record
+from detmix.targets import Target
 from detmix.training.build import build_detector
 from detmix.training.metric import GatheredAP
+from detmix.training.records import write_record
 
 # COCO's twelve figures by COCO's names, and what torchmetrics calls them.
 COCO_FIGURES = dict(

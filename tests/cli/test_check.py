@@ -4,9 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from detmix.cli import check as check_dataset
 import pytest
 
+from detmix.cli import check as check_dataset
 from tests.datasets.coco.defective import FILE, SPOILERS, make_content, write
 
 ROOT = Path(__file__).parents[2]

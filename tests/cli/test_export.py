@@ -3,13 +3,13 @@ import re
 import shutil
 import sys
 
-from detmix.cli import export as export_onnx
 import onnxruntime
 import pytest
 
+from detmix.cli import export as export_onnx
+from detmix.cli.train import NOISE
 from detmix.datasets.shapes import draw_shapes
 from detmix.training import export
-from detmix.cli.train import NOISE
 from detmix.training.export import Parity
 from tests.training.saving import CLASSES, save_checkpoint
 

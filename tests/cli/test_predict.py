@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 
 import PIL.Image
-from detmix.cli import predict
 import pytest
 import torch
 
-from detmix.datasets.shapes import draw_shapes
+from detmix.cli import predict
 from detmix.cli.train import NOISE
+from detmix.datasets.shapes import draw_shapes
 from tests.training.saving import save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]

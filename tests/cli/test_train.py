@@ -14,11 +14,11 @@ import torch
 import yaml
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from detmix.datasets.shapes import draw_shapes
-from detmix.training.callbacks import read_record
 from detmix.cli.train import NOISE, DetectorCLI, PreviewCLI
+from detmix.datasets.shapes import draw_shapes
 from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule
+from detmix.training.records import read_record
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DEMO = next(config for config in CONFIGS if config.stem == "demo")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from detmix.losses import box_weights as matching, weight_losses
+from detmix.losses import box_weights as matching
+from detmix.losses import weight_losses
 from tests.losses.tiny import EVERY, assert_same_bits, batch, losses_on, tiny, weighted_copy
 from tests.losses.tiny_transformers import build, labels
 

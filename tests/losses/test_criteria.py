@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from detmix import WeightedCriterion
-from detmix.losses.criteria import query_weights
 from detmix.losses.box_weights import CheckedTargets, all_weights
+from detmix.losses.criteria import query_weights
 
 QUERIES, CLASSES = 7, 4
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from detmix import WeightedCriterion, weight_losses
-from detmix.losses.transformers import WeightedLossFunction
 from detmix.losses.options import Weighting
+from detmix.losses.transformers import WeightedLossFunction
 from tests.losses.tiny import (
     DETECTORS,
     EVERY,

@@ -6,6 +6,7 @@ from transformers.loss.loss_for_object_detection import ImageLoss, center_to_cor
 
 from detmix import weight_losses
 from detmix.losses import WeightedTensor, weighted
+from detmix.losses.options import DEFAULT
 from detmix.losses.transformers import (
     WeightedLossFunction,
     by_row,
@@ -13,7 +14,6 @@ from detmix.losses.transformers import (
     weighted_criteria,
     weighted_criterion,
 )
-from detmix.losses.options import DEFAULT
 
 
 def test_a_model_without_a_criterion_is_named():

@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 
 from detmix.losses import WeightedTensor, weighted
-from detmix.losses.weighted_tensor import RULES, elementwise, reduce, weights_of
+from detmix.losses.rules import elementwise, reduce
+from detmix.losses.weighted_tensor import RULES, weights_of
 
 SHAPE = (2, 3, 4)
 WEIGHTS = [(2, 3, 4), (2, 3, 1), (2, 1, 1), (1, 3, 1), (1, 1, 4), (1, 1, 1), (3, 1)]
@@ -199,7 +200,7 @@ def test_plain_operands_stay_plain(operate):
 @pytest.fixture(params=[2**18, 0], ids=["as_product", "without_product"])
 def totals(request, monkeypatch):
     """Totals of small tensors are computed as those of large ones are, too."""
-    monkeypatch.setattr("detmix.losses.weighted_tensor._LARGE", request.param)
+    monkeypatch.setattr("detmix.losses.rules._LARGE", request.param)
 
 
 @pytest.mark.parametrize("shape", WEIGHTS, ids=str)

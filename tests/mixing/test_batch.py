@@ -7,15 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from detmix.functional import (
-    Mix,
-    Placement,
-    blend_images,
-    mix_labels,
-    mixup,
-    mixup_batch,
-    unmixed,
-)
+from detmix.mixing.batch import mixup, mixup_batch, unmixed
+from detmix.mixing.blend import blend_images
+from detmix.mixing.labels import mix_labels
+from detmix.mixing.plan import Mix, Placement
 from tests.conftest import assert_same, make_sample
 
 LAMS = st.integers(0, 2**24).map(lambda k: k / 2**24)  # those that MixUp draws

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detmix.mixing import blend_cpu as kernels
-from detmix.mixing.blend_cpu import Blend, copy_pixels, write
+from detmix.mixing.blend_cpu import copy_pixels, write
+from detmix.mixing.memory import Blend
 from tests.conftest import DEVICES, without_waiting
 
 SIZES = [(5, 7), (6, 4), (3, 8), (6, 9), (1, 1), (16, 32), (0, 0), (5, 0)]

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detmix.mixing import blend_cpu as kernels
-from detmix.mixing.blend_cpu import Blend
+from detmix.mixing.memory import Blend
 from tests.conftest import without_waiting
 from tests.mixing.test_blend_cpu import ORDERS, SIZES, make_blend, make_image
 

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from detmix import MixUp, MixUpDataset
-from detmix.functional import Mix, mixup_batch
+from detmix.mixing.batch import mixup_batch
+from detmix.mixing.plan import Mix
 from tests.conftest import assert_same, make_sample
 
 

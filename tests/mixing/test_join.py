@@ -3,7 +3,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detmix.mixing.join import SHARED_BYTES, as_alike, copied, is_list, join, join_alike, keys_per_box, split, take
+from detmix.mixing.join import SHARED_BYTES, as_alike, copied, join, join_alike, split
+from detmix.targets import is_list, keys_per_box, take
 
 
 def boxes(rows, box_format):

@@ -11,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import convert_bounding_box_format
 
-from detmix.mixing.join import BOX_KEYS, SHARED_BYTES
-from detmix.functional import Mix, mixup_batch
+from detmix.mixing.batch import mixup_batch
+from detmix.mixing.join import SHARED_BYTES
 from detmix.mixing.merge import merge_batch
+from detmix.mixing.plan import Mix
+from detmix.targets import BOX_KEYS
 from tests.conftest import DEVICES, assert_same, without_waiting
 
 CANVAS = (20, 24)

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision import tv_tensors
 
-from detmix.mixing.placement import Placement, place
+from detmix.mixing.placement import place
+from detmix.mixing.plan import Placement
 from tests.conftest import assert_same, make_sample
 
 SHARES = st.floats(0, 1)

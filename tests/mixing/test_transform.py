@@ -13,8 +13,9 @@ from torchvision import tv_tensors
 
 from detmix import MixUp
 from detmix.mixing import transform as transforms
-from detmix.functional import Mix, mixup_batch
+from detmix.mixing.batch import mixup_batch
 from detmix.mixing.pairing import PAIRINGS
+from detmix.mixing.plan import Mix
 from tests.conftest import DEVICES, assert_same, make_sample, without_waiting
 
 SIZES = [(12, 16), (9, 20), (12, 16), (20, 8), (5, 5)]

@@ -7,8 +7,10 @@ import PIL.Image
 import pytest
 import torch
 
-from detmix.functional import Mix, Placement, mixup_batch
-from detmix.training.callbacks import PREDICTION, Pictures, draw_curves, read_record, write_record, write_samples
+from detmix.mixing.batch import mixup_batch
+from detmix.mixing.plan import Mix, Placement
+from detmix.training.callbacks import PREDICTION, Pictures, draw_curves, write_samples
+from detmix.training.records import read_record, write_record
 
 PLAN = [
     Mix(2, 0.1, (0.1, 0.9)),

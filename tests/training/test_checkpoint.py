@@ -8,9 +8,9 @@ from torchvision import models
 from torchvision.models import WeightsEnum, detection
 from torchvision.ops import FrozenBatchNorm2d
 
-from detmix.training.checkpoint import _rebuild, load_detector
 from detmix.cli.train import NOISE
 from detmix.training.build import build_detector
+from detmix.training.checkpoint import _rebuild, load_detector
 from tests.conftest import assert_same
 from tests.training.saving import CLASSES, SMALL, save_checkpoint
 

@@ -20,9 +20,9 @@ from torch import nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 
+from detmix.cli.train import DetectorCLI
 from detmix.datasets.shapes import draw_shapes
 from detmix.training import module
-from detmix.cli.train import DetectorCLI
 
 ROOT = Path(__file__).parents[2]
 NAME = "tests.training.test_memory"

@@ -11,11 +11,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detmix.datasets.coco.folder import CocoFolder
-from detmix.functional import Mix
 from detmix.losses import weight_losses
-from detmix.training.callbacks import read_record
+from detmix.mixing.plan import Mix
 from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule, NonFiniteLossError, lr_share
+from detmix.training.records import read_record
 
 SMALL = {"detector": "FCOS", "backbone": "resnet18", "fpn_channels": 32, "options": {"min_size": 64, "max_size": 64}}
 

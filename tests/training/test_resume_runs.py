@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from detmix.datasets.shapes import draw_shapes
 from detmix.cli.train import NOISE, DetectorCLI
+from detmix.datasets.shapes import draw_shapes
 from detmix.training.resume import LastCheckpoint
 
 ROOT = Path(__file__).parents[2]

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-from detmix.datasets.coco.folder import find_files, read_rgb
-from detmix.datasets.coco.table import CocoFile, Images
-from detmix.datasets.coco.objects import read_objects
 from detmix.datasets.coco.defects import Defect, some
-from detmix.datasets.coco.images import as_defect, check_header, read_header, read_orientation, split_missing
+from detmix.datasets.coco.folder import find_files
+from detmix.datasets.coco.images import as_defect, check_header, read_header, read_orientation, read_rgb, split_missing
+from detmix.datasets.coco.objects import read_objects
+from detmix.datasets.coco.table import CocoFile, Images
 
 MODES = {"1": "grey", "L": "grey", "LA": "grey", "CMYK": "CMYK", "I": "16 bits", "F": "16 bits"}
 """The kind of what is read as RGB of 8 bits, by Pillow's mode up to a semicolon."""

@@ -1,7 +1,5 @@
 """Read a COCO-format folder as (image, target) with torchvision's keys, every annotation checked at construction."""
 
-import contextlib
-import io
 import operator
 import os
 import warnings
@@ -10,25 +8,16 @@ from pathlib import Path
 from typing import Any, Literal, SupportsIndex
 
 import numpy as np
-import PIL.Image
 import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 from torchvision import tv_tensors
 
-from detmix.datasets.coco.table import CocoFile, Images, Record
-from detmix.datasets.coco.objects import read_objects
 from detmix.datasets.coco.defects import LISTED, refuse
 from detmix.datasets.coco.images import check_files as find_defective
-from detmix.mixing.blend_cpu import copy_pixels
-
-try:
-    from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision 0.29 says that they will go; Pillow reads all that they do
-    decode_jpeg = None
-
-JPEG = b"\xff\xd8\xff"
-"""How a JPEG file begins."""
+from detmix.datasets.coco.images import read_rgb
+from detmix.datasets.coco.objects import read_objects
+from detmix.datasets.coco.table import CocoFile, Images, Record
 
 
 class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
@@ -228,37 +217,3 @@ def find_files(root: Path, annotations: str | os.PathLike[str], images: str | os
     if not (root / images).is_dir():
         raise FileNotFoundError(f"images {root / images} is not a folder.")
     return root / annotations, root / images
-
-
-def read_rgb(path: Path) -> Tensor:
-    """The pixels of a file, uint8 ``(3, H, W)``; torchvision's JPEG decoder gives Pillow's in half the time.
-
-    Raises:
-        OSError: the file is missing or cannot be decoded. The message names it.
-    """
-    try:
-        data = np.fromfile(path, np.uint8)
-        if decode_jpeg is not None and data[:3].tobytes() == JPEG:
-            # Of a file that is damaged, and without libjpeg, Pillow says or does what it can.
-            with contextlib.suppress(RuntimeError):
-                return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
-        with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
-            return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
-    except Exception as error:  # Pillow's plugins let through whatever a broken file makes them stumble over
-        unknown = isinstance(error, PIL.UnidentifiedImageError)  # which names the bytes' address
-        raise OSError(f"{path} cannot be decoded: {'no known image format' if unknown else error}") from error
-
-
-def _as_planes(pixels: Tensor) -> Tensor:
-    planes = torch.empty_like(pixels, memory_format=torch.contiguous_format)
-    copy_pixels(pixels, planes)
-    return planes
-
-
-def _as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 (older Pillows say I, newer I;16)
-        levels = np.asarray(picture).astype(np.float64) / 257
-        picture = PIL.Image.fromarray(levels.round().astype(np.uint8))
-    elif "transparency" in picture.info:  # Pillow warns of a palette that loses it in one step
-        picture = picture.convert("RGBA")
-    return picture.convert("RGB")

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from detmix.datasets.coco.table import Categories, CocoFile, Images
-from detmix.datasets.coco.masks import Masks, pack_segmentation
 from detmix.datasets.coco.defects import LISTED, refuse
+from detmix.datasets.coco.masks import Masks, pack_segmentation
+from detmix.datasets.coco.table import Categories, CocoFile, Images
 from detmix.datasets.coco.values import Floats, Ints, are_numbers
 
 THINNEST = 0.01

@@ -16,8 +16,8 @@ import PIL.Image
 import PIL.ImageOps
 
 from detmix.datasets.coco.check import Check, check_records
-from detmix.datasets.coco.table import TABLES, CocoFile, Record
 from detmix.datasets.coco.defects import KINDS, Defect
+from detmix.datasets.coco.table import TABLES, CocoFile, Record
 
 LIST = "removed.json"
 """Beside the copy: every record that was removed or changed, as it was."""

@@ -10,8 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from detmix.datasets.coco.defects import Defect, Report, refuse, short, some
-from detmix.datasets.coco.file_names import are_plain, why_unsafe
-from detmix.datasets.coco.values import Floats, Ints, are_numbers, as_matrix
+from detmix.datasets.coco.values import Floats, Ints, are_numbers, are_plain, as_matrix, why_unsafe
 
 Record = dict[str, Any]
 

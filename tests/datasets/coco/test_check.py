@@ -9,9 +9,9 @@ import pytest
 
 from detmix.datasets.coco import repair as clean
 from detmix.datasets.coco.check import check_folder
-from detmix.datasets.coco.repair import CURES, write_clean
-from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.coco.defects import KINDS
+from detmix.datasets.coco.folder import CocoFolder
+from detmix.datasets.coco.repair import CURES, write_clean
 from tests.datasets.coco.defective import FILE, SPOILERS, encoded, make_content, oriented, picture, write
 
 

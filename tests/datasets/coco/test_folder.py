@@ -17,7 +17,7 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import resize_boxes
 
-from detmix.datasets.coco import folder as coco
+from detmix.datasets.coco import images
 from detmix.datasets.coco.folder import CocoFolder
 
 FILE = "instances_train.json"
@@ -556,7 +556,7 @@ def test_whatever_a_decoder_raises_names_the_file(content, write, monkeypatch):
     def fail(*args):
         raise SyntaxError("broken PNG file")
 
-    monkeypatch.setattr(coco.PIL.Image, "open", fail)
+    monkeypatch.setattr(images.PIL.Image, "open", fail)
     with pytest.raises(OSError, match=r"10.png cannot be decoded: broken PNG file"):
         dataset[0]
     with pytest.raises(ValueError, match=r"10.png, listed in .* is no readable image: SyntaxError: broken PNG file"):
@@ -588,11 +588,11 @@ ORIENTED[0x0112] = 6  # turned by 90 degrees, which detectors' annotations do no
 @pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"exif": ORIENTED}])
 @pytest.mark.parametrize("has_torchvisions", [True, False])
 def test_jpegs_have_the_pixels_that_pillow_reads(mode, options, has_torchvisions, content, write, monkeypatch):
-    root, decode = write(content), coco.decode_jpeg
+    root, decode = write(content), images.decode_jpeg
     path = root / "images" / "40.png"  # whatever its name says
     path.write_bytes(jpeg(mode, **options))
     calls = []
-    monkeypatch.setattr(coco, "decode_jpeg", (lambda *a: calls.append(0) or decode(*a)) if has_torchvisions else None)
+    monkeypatch.setattr(images, "decode_jpeg", (lambda *a: calls.append(0) or decode(*a)) if has_torchvisions else None)
     image, _ = CocoFolder(root)[2]
     with PIL.Image.open(path) as picture:
         assert np.array_equal(image.permute(1, 2, 0), np.array(picture.convert("RGB")))

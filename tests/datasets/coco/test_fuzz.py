@@ -17,10 +17,10 @@ from torchvision.models.detection import FCOS
 from torchvision.transforms.v2 import functional as TF
 
 import detmix
-from detmix.checks import check_batch
 from detmix.datasets.coco.check import check_folder
-from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.coco.defects import KINDS
+from detmix.datasets.coco.folder import CocoFolder
+from detmix.targets import check_batch
 from tests.datasets.coco.defective import picture
 from tests.losses.tiny import Backbone, anchors
 
