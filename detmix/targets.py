@@ -119,9 +119,9 @@ def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tup
     shape = boxes.shape
     if len(shape) != 2 and shape[:1] != (0,):
         raise ValueError(f"boxes of {where} must have shape (num_boxes, 4), but have {tuple(shape)}.")
-    if labels is not None and entries(labels) != shape[0]:
+    if labels is not None and count_entries(labels) != shape[0]:
         raise ValueError(
-            f"labels of {where} must have one entry for each of the {shape[0]} boxes, but have {entries(labels)}."
+            f"labels of {where} must have one entry for each of the {shape[0]} boxes, but have {count_entries(labels)}."
         )
     owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
     if boxes.device != device:
@@ -226,7 +226,7 @@ def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS
     return {key for key, value in target.items() if key in box_keys and is_list(value)}
 
 
-def entries(value: Any) -> int | None:
+def count_entries(value: Any) -> int | None:
     """How many entries a value has; ``None`` for a number, a string or a tensor without dimensions."""
     if isinstance(value, (Tensor, np.ndarray)):
         shape = value.shape
@@ -236,7 +236,7 @@ def entries(value: Any) -> int | None:
 
 def is_list(value: Any) -> bool:
     """Whether a value has entries at all; what has none belongs to the image."""
-    return entries(value) is not None
+    return count_entries(value) is not None
 
 
 def take(value: Any, rows: Tensor) -> Any:

@@ -30,7 +30,7 @@ PUBLIC = {
         (detmix, detmix.__all__),
         (functional, functional.__all__),
         (detmix.albumentations, detmix.albumentations.__all__),
-        (arrays, ["mixup_batches"]),
+        (arrays, ["mixup_arrays"]),
         (coco, ["CocoFolder"]),
         (shapes, ["draw_shapes"]),
     )

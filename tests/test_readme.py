@@ -69,7 +69,7 @@ def assert_mixed_before_and_after_normalisation_alike(names):
     """With black as its fill, a mix of normalised images is the normalised mix of the images."""
     sizes = [image[..., : 30 + 5 * i] for i, image in enumerate(names["images"])]
     bare = [{}] * len(sizes)
-    plan = names["mixup"].make_params(bare)
+    plan = names["mixup"].make_plan(bare)
     after, _ = names["mixup"]([TF.normalize(image, names["mean"], names["std"]) for image in sizes], bare, plan)
     before, _ = detmix.MixUp()(sizes, bare, plan)
     for one, other in zip(after, before, strict=True):

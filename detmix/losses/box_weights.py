@@ -37,10 +37,10 @@ def match_weights(target: Target, matched_idxs: Tensor) -> Tensor:
         >>> match_weights(target, torch.tensor([1, -1, 0, -2]))
         tensor([0.7500, 1.0000, 0.2500, 1.0000])
     """
-    return row_weights(with_background(box_weights(target)), matched_idxs)
+    return weigh_rows(with_background(check_weights(target)), matched_idxs)
 
 
-def box_weights(target: Target, index: int | None = None) -> Tensor:
+def check_weights(target: Target, index: int | None = None) -> Tensor:
     """``target["weights"]`` as float32 of shape ``(num_boxes,)``, once checked; 1 for every box of a target without.
 
     Args:
@@ -78,7 +78,7 @@ def with_background(weights: Tensor, per_image: bool = False) -> Tensor:
     return F.pad(weights, (1, 0), value=1.0)
 
 
-def row_weights(weights: Tensor, matched_idxs: Tensor) -> Tensor:
+def weigh_rows(weights: Tensor, matched_idxs: Tensor) -> Tensor:
     """`match_weights` by the weights that :func:`with_background` gives."""
     places = matched_idxs.clamp(min=-1) + 1
     return weights.index_select(0, places.flatten()).view(places.shape)
@@ -93,7 +93,7 @@ class CheckedTargets(list[Target]):
         self.matched: tuple[Any, Rows] | None = None  # indices that were asked for last, and the rows' weights
 
 
-def all_weights(
+def weigh_targets(
     targets: list[Target], weighting: Weighting = DEFAULT, num_classes: int | None = None
 ) -> list[Tensor] | None:
     """`with_background` of each target, checked; or None where no target has weights: stock code then runs as it is."""
@@ -103,4 +103,4 @@ def all_weights(
         check_target(target, where=f"targets[{i}]", num_classes=num_classes)
     if not any("weights" in target for target in targets):
         return None
-    return [with_background(box_weights(target, i), weighting.per_image) for i, target in enumerate(targets)]
+    return [with_background(check_weights(target, i), weighting.per_image) for i, target in enumerate(targets)]

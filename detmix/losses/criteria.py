@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detmix.losses.box_weights import CheckedTargets, all_weights, eager
+from detmix.losses.box_weights import CheckedTargets, weigh_targets, eager
 from detmix.losses.options import DEFAULT
 from detmix.losses.rows import Rows
 from detmix.losses.weighted_tensor import WeightedTensor, carry
@@ -58,27 +58,27 @@ class WeightedCriterion:
     ) -> dict[str, Tensor]:
         """The parent's loss, with each query multiplied by the weight of the box it is matched to."""
         stock = super().get_loss  # type: ignore[misc]
-        weights = all_weights(targets, self.weighting)
+        weights = weigh_targets(targets, self.weighting)
         if weights is None:
             return stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs)  # type: ignore[no-any-return]
         found = {name: outputs[name] for name in PREDICTIONS if isinstance(outputs.get(name), Tensor)}
-        rows = query_weights(targets, weights, indices, next(iter(found.values())))
+        rows = weigh_queries(targets, weights, indices, next(iter(found.values())))
         riding = {name: carry(x.as_subclass(WeightedTensor), rows.append(x.ndim)) for name, x in found.items()}
         total = num_boxes
         if self.weighting.normalizer == "weights" and (matched := sum(len(queries) for queries, _ in indices)):
             # Of what is matched, so that groups and denoising queries, which num_boxes may count, count too.
-            share = matched_weights(weights, indices).sum() / matched
+            share = weigh_pairs(weights, indices).sum() / matched
             total = (num_boxes * share).clamp(min=1)
         losses = stock(loss, {**outputs, **riding}, targets, indices, total, *args, **kwargs)
         return self.weighting.pick(losses, lambda: stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs))
 
 
-def matched_weights(weights: Sequence[Tensor], indices: Indices) -> Tensor:
+def weigh_pairs(weights: Sequence[Tensor], indices: Indices) -> Tensor:
     """The weights of the boxes of all pairs, image by image: (num_pairs,)."""
     return torch.cat([own[boxes + 1] for own, (_, boxes) in zip(weights, indices, strict=True)])
 
 
-def query_weights(targets: list[Target], weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
+def weigh_queries(targets: list[Target], weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
     """The weight of the box that each query is matched to, or of its image's background: (B, num_queries)."""
     checked = targets if isinstance(targets, CheckedTargets) else None
     if checked and checked.matched:  # one matching serves all losses of a layer
@@ -87,7 +87,7 @@ def query_weights(targets: list[Target], weights: Sequence[Tensor], indices: Ind
             return rows
     each = torch.stack([own[0] for own in weights])[:, None].repeat(1, like.shape[1])
     places = torch.cat([queries + i * like.shape[1] for i, (queries, _) in enumerate(indices)])
-    each.view(-1)[places] = matched_weights(weights, indices)
+    each.view(-1)[places] = weigh_pairs(weights, indices)
     rows = Rows.of(each)
     if checked is not None:
         checked.matched = indices, rows

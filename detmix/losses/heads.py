@@ -21,7 +21,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
-from detmix.losses.box_weights import all_weights, eager, row_weights
+from detmix.losses.box_weights import weigh_targets, eager, weigh_rows
 from detmix.losses.options import DEFAULT, Weighting
 from detmix.losses.rules import drop
 from detmix.losses.transformers import rebound
@@ -61,10 +61,10 @@ class WeightedRows:
         """The parent's losses, with each row multiplied by the weight of its box."""
         stock = partial(super().compute_loss, targets)  # type: ignore[misc]
         rest = anchors, matched_idxs, *args
-        weights = all_weights(targets, self.weighting, num_classes=head_outputs["cls_logits"].shape[-1])
+        weights = weigh_targets(targets, self.weighting, num_classes=head_outputs["cls_logits"].shape[-1])
         if weights is None:
             return stock(head_outputs, *rest, **kwargs)  # type: ignore[no-any-return]
-        rows = torch.stack([row_weights(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, num_rows)
+        rows = torch.stack([weigh_rows(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, num_rows)
         if self.weighting.normalizer != "count":
             rows = self.weighting.normalized(rows, torch.stack(list(matched_idxs)) >= 0, self.counted_over)
         riding = {name: weighted(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2))) for name, x in head_outputs.items()}
@@ -124,7 +124,7 @@ class WeightedAnchors:
         self, anchors: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Match anchors to boxes; the labels carry the weight of each anchor's box to :meth:`compute_loss`."""
-        weights = all_weights(targets, self.weighting)
+        weights = weigh_targets(targets, self.weighting)
         assign = super().assign_targets_to_anchors  # type: ignore[misc]
         if weights is None:
             return assign(anchors, targets)  # type: ignore[no-any-return]
@@ -218,11 +218,11 @@ class WeightedProposals:
         """
         # Of torchvision's predictors; others keep their secret.
         scores = getattr(getattr(self, "box_predictor", None), "cls_score", None)
-        weights = all_weights(targets, self.weighting, num_classes=getattr(scores, "out_features", None))
+        weights = weigh_targets(targets, self.weighting, num_classes=getattr(scores, "out_features", None))
         proposals, matched_idxs, labels, deltas = super().select_training_samples(proposals, targets)  # type: ignore[misc]
         if weights is not None:
             # Background is matched to box 0 here, and only its label tells.
-            rows = [row_weights(w, m.where(y > 0, -1)) for w, m, y in zip(weights, matched_idxs, labels, strict=True)]
+            rows = [weigh_rows(w, m.where(y > 0, -1)) for w, m, y in zip(weights, matched_idxs, labels, strict=True)]
             positives = rows
             if self.weighting.normalizer != "count":  # of the losses of boxes, and of masks and keypoints
                 sampled, sizes = torch.cat(rows), [len(y) for y in labels]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_map
 
-from detmix.losses.box_weights import CheckedTargets, all_weights, eager
+from detmix.losses.box_weights import CheckedTargets, weigh_targets, eager
 from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.options import DEFAULT, Weighting
 from detmix.losses.weighted_tensor import WeightedTensor, carry
@@ -43,7 +43,7 @@ class WeightedLossFunction:
         """What the function returns, its losses weighted."""
         call = _signature(self.function).bind(*args, **kwargs)
         labels = call.arguments["labels"]
-        if (weights := all_weights(labels, self.weighting)) is not None:
+        if (weights := weigh_targets(labels, self.weighting)) is not None:
             call.arguments["labels"] = CheckedTargets(labels, weights)
         results = rebound(self.function, weighted_criteria(self.function, self.weighting))(*call.args, **call.kwargs)
         for term in self.weighting.terms or ():

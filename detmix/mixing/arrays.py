@@ -1,4 +1,4 @@
-"""mixup_batches: an endless stream of mixed batches from arrays, for classification without a DataLoader."""
+"""mixup_arrays: an endless stream of mixed batches from arrays, for classification without a DataLoader."""
 
 import operator
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ Images = TypeVar("Images", Tensor, npt.NDArray[Any])
 Labels = TypeVar("Labels", Tensor, npt.NDArray[Any])
 
 
-def mixup_batches(
+def mixup_arrays(
     images: Images, labels: Labels, batch_size: int, mixup: MixUp | None = None, *, shuffle: bool = True
 ) -> Iterator[tuple[Images, Labels]]:
     """Mix arrays for classification [arXiv:1710.09412], batch by batch, without end.
@@ -53,7 +53,7 @@ def mixup_batches(
 
     Example:
         >>> images, labels = np.zeros((100, 28, 28, 1), dtype=np.uint8), np.arange(100) % 10
-        >>> batches = mixup_batches(images, labels, 32, MixUp(alpha=0.2, num_classes=10))
+        >>> batches = mixup_arrays(images, labels, 32, MixUp(alpha=0.2, num_classes=10))
         >>> batch, soft = next(batches)
         >>> batch.shape, batch.dtype, soft.shape, soft.dtype
         ((32, 28, 28, 1), dtype('uint8'), (32, 10), dtype('float32'))

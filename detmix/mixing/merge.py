@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detmix.mixing.join import as_alike, copied, join, join_alike, split
 from detmix.mixing.plan import check_lam
-from detmix.targets import BOX_KEYS, Target, entries, like, plain, take
+from detmix.targets import BOX_KEYS, Target, count_entries, like, plain, take
 
 
 def merge_targets(
@@ -27,7 +27,7 @@ def merge_targets(
     ``weights`` of the first are multiplied by ``lam``, those of the second by ``1 - lam``; a target without weights
     weighs every box 1. ``source`` says which image a box came from: 0 for the first, 1 for the second. Boxes and
     keypoints keep their pixel coordinates, the second's boxes are converted to the first's format, masks are padded to
-    the canvas. Keys outside ``box_keys`` are the first's, by identity, and so is a value without entries, such as a
+    the canvas. Keys outside ``box_keys`` are the first's, by identity, and so is a value without count_entries, such as a
     number, whatever its key. A target with no boxes need not have the other's keys.
 
     Args:
@@ -128,7 +128,7 @@ def merge_batch(
         for target, value in zip(merged, batch.join(key, values), strict=True):
             if value is not None:
                 target[key] = value
-            elif entries(target.get(key)) is not None:  # of a first without boxes, and unknown to the second
+            elif count_entries(target.get(key)) is not None:  # of a first without boxes, and unknown to the second
                 del target[key]
     for i, target in enumerate(merged):
         target["weights"], target["source"] = weights[i], source[i]
@@ -196,7 +196,7 @@ class _Batch:
         """Check that a key that is not joined does not have one entry per box."""
         # A field of one entry an image has one length; one that follows two different box counts belongs to the boxes.
         follows = [
-            isinstance(value, (Tensor, list)) and entries(value) == number
+            isinstance(value, (Tensor, list)) and count_entries(value) == number
             for value, number in zip(values, self.numbers, strict=True)
         ]
         for sides in self.samples if any(follows) else ():
@@ -221,7 +221,7 @@ class _Batch:
 
     def _join_one(self, key: str, i: int, values: list[Any]) -> Any:
         """What one sample holds of a key, whatever that is; ``None`` if there is nothing to join."""
-        sides, counts = self.samples[i], [entries(value) for value in values]
+        sides, counts = self.samples[i], [count_entries(value) for value in values]
         numbers = [self.numbers[place] for place in sides]
         having = [side for side, count in enumerate(counts) if count is not None]
         lacking = [side for side, count in enumerate(counts) if count is None]

@@ -45,7 +45,7 @@ class MixUp(nn.Module):
         lam: The law of ``lam`` in place of Beta: a constant, ``(low, high)`` for the uniform one, or a function of a
             `random.Random`. Draws are rounded to multiples of 2**-24, so that both shares are exact in float32.
         per_batch: Draw whether to mix, and ``lam``, once a batch instead of once a sample.
-        weights: ``"lam"`` weighs boxes and labels by the shares of the images. ``"first"`` keeps those of first alone,
+        box_weights: ``"lam"`` weighs boxes and labels by the shares of the images. ``"first"`` keeps those of first alone,
             the partner's weigh 0, with ``lam`` from Beta(alpha + 1, alpha) for a number alpha: in expectation the same
             loss [F. Huszar, "mixup: Data-dependent Data Augmentation", 2017]. ``"ones"`` leaves weights as they are, as
             YOLOX and mmdetection do.
@@ -54,7 +54,7 @@ class MixUp(nn.Module):
         pairing: ``"rotation"`` of the batch by a random number of places, ``"permutation"``, ``"reversal"``, or for
             each sample a random one of those that are there (``"random"``), that have boxes (``"with_boxes"``), a class
             in common (``"same_class"``) or none (``"different_class"``); or a function of ``(targets, pool, rng)``, see
-            `detmix.mixing.pairing.Pairing`. Looking at classes waits for a CUDA device: call `make_params` before the
+            `detmix.mixing.pairing.Pairing`. Looking at classes waits for a CUDA device: call `make_plan` before the
             transfer, where that counts.
         scale: Jitter the second image, as YOLOX and RTMDet do: it is scaled by a random factor between these two, as a
             multiple of the size that just fits, and laid at a random place of the first's canvas; see
@@ -91,7 +91,7 @@ class MixUp(nn.Module):
         *,
         lam: Law = None,
         per_batch: bool = False,
-        weights: Literal["lam", "first", "ones"] = "lam",
+        box_weights: Literal["lam", "first", "ones"] = "lam",
         min_weight: float = 0.0,
         pairing: str | Pairing = "rotation",
         scale: Range | None = None,
@@ -106,7 +106,8 @@ class MixUp(nn.Module):
     ) -> None:
         super().__init__()
         self.alpha, self.p, self.lam, self.per_batch = alpha, p, lam, per_batch
-        self.weights, self.min_weight, self.pairing, self.scale, self.fill = weights, min_weight, pairing, scale, fill
+        self.box_weights, self.min_weight = box_weights, min_weight
+        self.pairing, self.scale, self.fill = pairing, scale, fill
         self.start, self.stop, self.ramp = start, stop, ramp
         self.box_keys = BOX_KEYS | frozenset(box_keys)
         self.num_classes, self.inplace, self.seed = num_classes, inplace, seed
@@ -142,7 +143,7 @@ class MixUp(nn.Module):
             return 0.0
         return self.p * min(1.0, (epoch - self.start + 1) / max(1, self.ramp))
 
-    def make_params(self, targets: Sequence[Any] | Tensor, pool: Sequence[Any] | Tensor | None = None) -> list[Mix]:
+    def make_plan(self, targets: Sequence[Any] | Tensor, pool: Sequence[Any] | Tensor | None = None) -> list[Mix]:
         """Draw the plan for a batch: a partner and a share for each sample.
 
         Args:
@@ -153,7 +154,7 @@ class MixUp(nn.Module):
             B plans. A sample that finds no partner is left as it is.
 
         Example:
-            >>> MixUp(lam=0.75, pairing="reversal").make_params([{}, {}])[0]
+            >>> MixUp(lam=0.75, pairing="reversal").make_plan([{}, {}])[0]
             Mix(partner=1, lam=0.75, shares=(0.75, 0.25), placement=None)
         """
         if not isinstance(targets, Tensor) and (wrong := [t for t in targets if not isinstance(t, dict)]):
@@ -193,13 +194,13 @@ class MixUp(nn.Module):
         mixed = rng.random() < (self.probability() if probability is None else probability)
         lam = self._draw_lam(rng)
         placement = None if self.scale is None else Placement(rng.uniform(*self.scale), rng.random(), rng.random())
-        return Mix(-1, lam, SHARES[self.weights](lam), placement) if mixed else Mix()
+        return Mix(-1, lam, SHARES[self.box_weights](lam), placement) if mixed else Mix()
 
     def forward(
         self,
         images: Tensor | Sequence[Tensor],
         targets: Sequence[Target] | Tensor,
-        params: Sequence[Mix] | None = None,
+        plan: Sequence[Mix] | None = None,
         *,
         pool: tuple[Any, Any] | None = None,
         out: Tensor | None = None,
@@ -211,7 +212,7 @@ class MixUp(nn.Module):
                 point in any range, or integer. With class labels, a batch ``(B, ...)``.
             targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and what else belongs to each box; or class
                 labels, integers ``(B,)`` or shares ``(B, num_classes)``.
-            params: A plan, to replay; drawn with `make_params` if ``None``.
+            plan: The mixes to replay; drawn with `make_plan` if ``None``.
             pool: Images and targets that the partners are taken from, the targets ``None`` if there are none; the batch
                 itself if ``None``.
             out: A batch tensor to write the mix into, also that of a sequence of images whose mixes are of one size:
@@ -222,7 +223,7 @@ class MixUp(nn.Module):
         """
         if pool is not None and pool[1] is None:
             pool = (pool[0], [{}] * len(pool[0]))
-        plan = self.make_params(targets, None if pool is None else pool[1]) if params is None else params
+        plan = self.make_plan(targets, None if pool is None else pool[1]) if plan is None else plan
         if not isinstance(targets, Tensor):
             options: dict[str, Any] = {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}
             return mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, out=out, **options)
@@ -246,7 +247,7 @@ class MixUp(nn.Module):
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""
         law = f"alpha={self.alpha}" if self.lam is None else f"lam={self.lam}"
-        return f"{law}, p={self.p}, weights={self.weights!r}, pairing={self.pairing!r}, fill={self.fill}"
+        return f"{law}, p={self.p}, box_weights={self.box_weights!r}, pairing={self.pairing!r}, fill={self.fill}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -260,7 +261,7 @@ class MixUp(nn.Module):
 
     def _draw_lam(self, rng: random.Random) -> float:
         alpha = self.alpha
-        if self.weights == "first" and isinstance(alpha, int | float):
+        if self.box_weights == "first" and isinstance(alpha, int | float):
             alpha = (alpha + 1, alpha)
         return draw_lam(rng, alpha, self.lam)
 
@@ -270,7 +271,7 @@ class MixUp(nn.Module):
         stop = self.start if self.stop is None else self.stop
         for name, fits, expected in (
             ("p", 0 <= self.p <= 1, "a probability, in [0, 1]"),
-            ("weights", self.weights in SHARES, f"one of {list(SHARES)}"),
+            ("box_weights", self.box_weights in SHARES, f"one of {list(SHARES)}"),
             ("min_weight", 0 <= self.min_weight <= 1, "in [0, 1]"),
             ("pairing", callable(self.pairing) or self.pairing in PAIRINGS, f"a function or one of {list(PAIRINGS)}"),
             ("scale", is_range(scale) and min(scale) > 0, "(low, high), both positive"),

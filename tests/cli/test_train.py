@@ -233,7 +233,7 @@ def preview(monkeypatch, shapes, output, options):
         "--data.mixup null",
         "--data.mixup.p 1 --data.mixup.scale [0.5,1.5] --data.mixup.fill [114,0,30]",
         "--data.mixup.p 1 --data.mixup.min_weight 0.4",
-        "--data.mixup.p 1 --data.mixup.weights ones",
+        "--data.mixup.p 1 --data.mixup.box_weights ones",
     ],
 )
 def test_a_preview_without_augmentation_is_replayed_bit_for_bit(mixup, shapes, monkeypatch, tmp_path):

@@ -109,8 +109,8 @@ def test_weights_that_change_in_place_between_steps_are_heard():
 def test_labels_are_handed_back_as_they_came():
     given = labels(torch.rand(5))
     kept = [dict(label) for label in given]
-    weights = matching.all_weights(given)
+    weights = matching.weigh_targets(given)
     targets = matching.CheckedTargets(given, weights)
-    assert matching.all_weights(targets) is weights
+    assert matching.weigh_targets(targets) is weights
     assert type(given) is list
     assert all(a is b and a.keys() == c.keys() for a, b, c in zip(given, targets, kept, strict=True))

@@ -7,8 +7,8 @@ from torch import nn
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 
 from detmix import WeightedCriterion
-from detmix.losses.box_weights import CheckedTargets, all_weights
-from detmix.losses.criteria import query_weights
+from detmix.losses.box_weights import CheckedTargets, weigh_targets
+from detmix.losses.criteria import weigh_queries
 
 QUERIES, CLASSES = 7, 4
 
@@ -188,7 +188,7 @@ def test_every_matching_of_a_step_has_its_own_weights():
     others = [((queries + 1) % QUERIES, boxes.flip(0)) for queries, boxes in indices]
     fewer = {name: value[:, 1:] for name, value in outputs.items()}
     later = [(queries.clamp(max=QUERIES - 2), boxes) for queries, boxes in others]
-    checked = CheckedTargets(targets, all_weights(targets))
+    checked = CheckedTargets(targets, weigh_targets(targets))
     calls = [(outputs, indices), (outputs, others), (outputs, list(indices)), (fewer, later), (outputs, later)]
     for out, matching in calls * 2:
         for loss in ("labels", "boxes"):
@@ -198,6 +198,6 @@ def test_every_matching_of_a_step_has_its_own_weights():
 
 def test_the_losses_of_one_matching_share_its_weights():
     outputs, targets, indices = case(torch.rand(5))
-    checked = CheckedTargets(targets, all_weights(targets))
-    rows = query_weights(checked, checked.weights, indices, outputs["pred_logits"])
-    assert query_weights(checked, checked.weights, indices, outputs["pred_boxes"]) is rows
+    checked = CheckedTargets(targets, weigh_targets(targets))
+    rows = weigh_queries(checked, checked.weights, indices, outputs["pred_logits"])
+    assert weigh_queries(checked, checked.weights, indices, outputs["pred_boxes"]) is rows

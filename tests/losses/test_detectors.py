@@ -447,5 +447,5 @@ def test_rows_without_a_box_weigh_one():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_are_float32_whatever_the_target_holds(dtype):
     boxes = torch.rand(2, 4, dtype=torch.float64)
-    assert box_weights({"boxes": boxes, "weights": torch.ones(2, dtype=dtype)}).dtype == torch.float32
-    assert torch.equal(box_weights({"boxes": boxes}), torch.ones(2))
+    assert check_weights({"boxes": boxes, "weights": torch.ones(2, dtype=dtype)}).dtype == torch.float32
+    assert torch.equal(check_weights({"boxes": boxes}), torch.ones(2))

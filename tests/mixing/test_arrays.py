@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detmix import MixUp
-from detmix.mixing.arrays import mixup_batches
+from detmix.mixing.arrays import mixup_arrays
 
 
 def ids(batch):
@@ -18,13 +18,13 @@ def stream(mixup, steps, entries=11, **options):
     """The first batches of a stream over entries that say who they are, two an epoch, as lists."""
     return [
         batch.tolist()
-        for batch, _ in islice(mixup_batches(np.eye(entries), np.eye(entries), 2, mixup, **options), steps)
+        for batch, _ in islice(mixup_arrays(np.eye(entries), np.eye(entries), 2, mixup, **options), steps)
     ]
 
 
 def test_images_and_labels_of_two_entries_are_mixed_with_one_share():
     images, labels = np.random.default_rng(0).random((12, 3)), np.eye(12)
-    for batch, soft in islice(mixup_batches(images, labels, 3, MixUp(alpha=1.0, seed=0)), 20):
+    for batch, soft in islice(mixup_arrays(images, labels, 3, MixUp(alpha=1.0, seed=0)), 20):
         assert batch.shape == (3, 3)
         for entry, shares in zip(batch, soft, strict=True):
             assert np.count_nonzero(shares) == 2
@@ -33,7 +33,7 @@ def test_images_and_labels_of_two_entries_are_mixed_with_one_share():
 
 
 def test_an_epoch_uses_no_entry_twice_and_leaves_out_others_each_time():
-    batches = mixup_batches(np.eye(11), np.eye(11), 2, MixUp(lam=0.5))
+    batches = mixup_arrays(np.eye(11), np.eye(11), 2, MixUp(lam=0.5))
     left_out, orders = [], []
     for _ in range(20):
         epoch = [pair for batch, _ in islice(batches, 2) for pair in ids(batch)]
@@ -45,7 +45,7 @@ def test_an_epoch_uses_no_entry_twice_and_leaves_out_others_each_time():
 
 
 def test_without_shuffling_the_entries_come_in_order_and_the_second_half_is_mixed_into_the_first():
-    for batch, _ in islice(mixup_batches(np.eye(9), np.eye(9), 2, MixUp(lam=0.75), shuffle=False), 10):
+    for batch, _ in islice(mixup_arrays(np.eye(9), np.eye(9), 2, MixUp(lam=0.75), shuffle=False), 10):
         first, second = (np.nonzero(batch == share) for share in (0.75, 0.25))
         start = first[1][0]
         assert first[1].tolist() == [start, start + 1]
@@ -58,7 +58,7 @@ def test_without_shuffling_the_entries_come_in_order_and_the_second_half_is_mixe
 def test_arrays_give_arrays_and_tensors_give_the_same_as_tensors(dtype, classes):
     images, labels = np.arange(24).reshape(6, 2, 2).astype(dtype), (np.arange(6) % 2).astype(classes)
     given = {
-        kinds: next(mixup_batches(a, b, 3, MixUp(num_classes=2, seed=0)))
+        kinds: next(mixup_arrays(a, b, 3, MixUp(num_classes=2, seed=0)))
         for kinds, a, b in (
             ((np.ndarray, np.ndarray), images, labels),
             ((torch.Tensor, torch.Tensor), torch.from_numpy(images), torch.from_numpy(labels)),
@@ -78,7 +78,7 @@ def test_integer_images_are_rounded():
     images = np.array([[0], [0], [255], [255]], dtype=np.uint8)
     levels = {
         level
-        for batch, _ in islice(mixup_batches(images, np.eye(4), 2, MixUp(lam=0.75), shuffle=False), 4)
+        for batch, _ in islice(mixup_arrays(images, np.eye(4), 2, MixUp(lam=0.75), shuffle=False), 4)
         for level in batch.ravel().tolist()
     }
     assert levels == {64}  # 0.25 * 255 = 63.75
@@ -86,7 +86,7 @@ def test_integer_images_are_rounded():
 
 def test_only_the_entries_of_a_step_are_copied():
     terabyte = np.broadcast_to(np.uint8(3), (2**20, 2**10, 2**10))
-    batch, _ = next(mixup_batches(terabyte, np.zeros(2**20, dtype=np.int64), 2, MixUp(num_classes=1)))
+    batch, _ = next(mixup_arrays(terabyte, np.zeros(2**20, dtype=np.int64), 2, MixUp(num_classes=1)))
     assert batch.shape == (2, 2**10, 2**10)
     assert (batch == 3).all()
 
@@ -94,10 +94,10 @@ def test_only_the_entries_of_a_step_are_copied():
 def test_a_memory_mapped_file_gives_what_the_array_gives(tmp_path):
     np.save(tmp_path / "images.npy", np.eye(11))
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
-    for batch, soft in islice(mixup_batches(mapped, np.eye(11), 2, MixUp(seed=0)), 6):
+    for batch, soft in islice(mixup_arrays(mapped, np.eye(11), 2, MixUp(seed=0)), 6):
         assert type(batch) is np.ndarray
         np.testing.assert_allclose(batch, soft)
-    assert [batch.tolist() for batch, _ in islice(mixup_batches(mapped, np.eye(11), 2, MixUp(seed=0)), 6)] == stream(
+    assert [batch.tolist() for batch, _ in islice(mixup_arrays(mapped, np.eye(11), 2, MixUp(seed=0)), 6)] == stream(
         MixUp(seed=0), 6
     )
 
@@ -123,7 +123,7 @@ def test_without_a_seed_the_generator_of_torch_decides_shuffling_and_mixing():
 
 def test_a_schedule_follows_the_epochs_of_the_stream():
     mixup = MixUp(start=1, stop=3, lam=0.5)
-    batches = mixup_batches(np.eye(11), np.eye(11), 2, mixup)
+    batches = mixup_arrays(np.eye(11), np.eye(11), 2, mixup)
     seen = [(mixup.epoch, max(map(len, ids(batch)))) for batch, _ in islice(batches, 8)]
     assert seen == [(0, 1), (0, 1), (1, 2), (1, 2), (2, 2), (2, 2), (3, 1), (3, 1)]
 
@@ -140,7 +140,7 @@ def test_a_restored_mixup_goes_on_with_the_very_next_batch(drawn):
 
 def test_partners_are_chosen_as_the_mixup_says():
     labels = np.arange(20) % 2
-    batches = mixup_batches(np.eye(20), labels, 10, MixUp(pairing="same_class", num_classes=2))
+    batches = mixup_arrays(np.eye(20), labels, 10, MixUp(pairing="same_class", num_classes=2))
     pairs = [pair for batch, _ in islice(batches, 10) for pair in ids(batch)]
     assert {len(pair) for pair in pairs} >= {2}
     assert all(len(set(labels[list(pair)])) == 1 for pair in pairs)
@@ -157,7 +157,7 @@ def test_without_a_mixup_alpha_is_that_of_the_keras_generator():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_mixing_leaves_the_arrays_alone(shuffle):
     images, labels = torch.eye(8), torch.eye(8)
-    for batch, soft in islice(mixup_batches(images, labels, 4, MixUp(inplace=True), shuffle=shuffle), 3):
+    for batch, soft in islice(mixup_arrays(images, labels, 4, MixUp(inplace=True), shuffle=shuffle), 3):
         batch.zero_()
         soft.zero_()
     assert torch.equal(images, torch.eye(8))
@@ -183,4 +183,4 @@ def test_mixing_leaves_the_arrays_alone(shuffle):
 def test_a_mistake_is_named_at_the_call(arguments, error, message):
     sound = {"images": np.zeros((10, 2)), "labels": np.arange(10), "batch_size": 2, "mixup": MixUp(num_classes=10)}
     with pytest.raises(error, match=message):
-        mixup_batches(**sound | arguments)
+        mixup_arrays(**sound | arguments)

@@ -33,7 +33,7 @@ def plan(dataset, workers=0, **options):
     return [(sample[1]["image_id"], sample[1]["partner"], sample[1]["lam"]) for batch in loader for sample in batch]
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": (0.5, 1.5)}, {"weights": "first", "min_weight": 0.1}])
+@pytest.mark.parametrize("options", [{}, {"scale": (0.5, 1.5)}, {"box_weights": "first", "min_weight": 0.1}])
 def test_every_sample_is_mixed_with_another_one_of_the_dataset(options):
     dataset = MixUpDataset(Samples(), MixUp(seed=0, **options))
     assert len(dataset) == 12

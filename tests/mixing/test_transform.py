@@ -28,14 +28,14 @@ def batch(counts=(2, 0, 3, 1, 0), sizes=SIZES):
 
 
 def plan(mixup, size=6):
-    return mixup.make_params([{}] * size)
+    return mixup.make_plan([{}] * size)
 
 
 def lams(mixup, batches=500, size=8):
     return torch.tensor([mix.lam for _ in range(batches) for mix in plan(mixup, size)], dtype=torch.float64)
 
 
-@given(counts=st.lists(st.integers(0, 3), max_size=5), options=st.sampled_from([{}, {"p": 0.5}, {"weights": "first"}]))
+@given(counts=st.lists(st.integers(0, 3), max_size=5), options=st.sampled_from([{}, {"p": 0.5}, {"box_weights": "first"}]))
 def test_every_target_says_how_its_sample_was_mixed(counts, options):
     images, targets = batch(counts)
     mixed_images, mixed = MixUp(**options)(images, targets)
@@ -105,7 +105,7 @@ def test_a_pairing_of_the_users_decides():
     _, mixed = MixUp(pairing=lambda targets, pool, rng: [4, 4, -1, 4, 3])(images, targets)
     assert [target["partner"] for target in mixed] == [4, 4, -1, 4, 3]
     assert (mixed[2]["lam"], mixed[2]["shares"]) == (1.0, (1.0, 0.0))
-    assert MixUp(pairing=lambda targets, pool, rng: [-1]).make_params([{}]) == [Mix()]
+    assert MixUp(pairing=lambda targets, pool, rng: [-1]).make_plan([{}]) == [Mix()]
 
 
 @pytest.mark.parametrize("stacked", [False, True])
@@ -155,28 +155,28 @@ def test_both_shares_of_a_drawn_lam_are_exact_in_float32():
 
 
 def test_huszars_form_keeps_the_labels_of_first_alone():
-    drawn = lams(MixUp(1.5, weights="first"))
+    drawn = lams(MixUp(1.5, box_weights="first"))
     assert abs(drawn.mean() - 2.5 / 4) < 0.02  # Beta(2.5, 1.5)
-    assert abs(lams(MixUp((1.5, 1.5), weights="first")).mean() - 0.5) < 0.02  # a pair is taken as it is
+    assert abs(lams(MixUp((1.5, 1.5), box_weights="first")).mean() - 0.5) < 0.02  # a pair is taken as it is
     images, targets = batch((2, 1), SIZES[:2])
     for options, expected in (({}, [1, 1, 0]), ({"min_weight": 0.01}, [1, 1])):
-        mixed = MixUp(weights="first", **options)(images, targets)[1]
+        mixed = MixUp(box_weights="first", **options)(images, targets)[1]
         assert mixed[0]["weights"].tolist() == expected
-    labels = MixUp(weights="first", num_classes=3)(torch.rand(2, 4), torch.tensor([0, 2]))[1]
+    labels = MixUp(box_weights="first", num_classes=3)(torch.rand(2, 4), torch.tensor([0, 2]))[1]
     assert labels.tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
 def test_huszars_form_has_the_same_expected_weight():
     # E[lam * loss] under Beta(a, a), twice for both orders of a pair, is E[loss] under Beta(a + 1, a).
     loss = lambda lam: (lam - 0.3) ** 2  # noqa: E731
-    both, first = lams(MixUp(1.5), 4000), lams(MixUp(1.5, weights="first"), 4000)
+    both, first = lams(MixUp(1.5), 4000), lams(MixUp(1.5, box_weights="first"), 4000)
     assert abs(2 * (both * loss(both)).mean() - loss(first).mean()) < 0.005
 
 
 def test_weights_can_be_left_as_they_are():
     images, targets = batch((2, 1), SIZES[:2])
     targets[0]["weights"] = torch.tensor([0.5, 1.0])
-    assert MixUp(weights="ones")(images, targets)[1][0]["weights"].tolist() == [0.5, 1.0, 1.0]
+    assert MixUp(box_weights="ones")(images, targets)[1][0]["weights"].tolist() == [0.5, 1.0, 1.0]
 
 
 def test_light_boxes_are_dropped_on_purpose():
@@ -366,7 +366,7 @@ def test_it_has_no_parameters_and_mixes_in_eval_mode_too():
 def test_labels_of_classes_mix_with_entries_of_any_modality(shape, per_batch):
     entries, labels = torch.rand(shape), torch.randint(0, 4, (6,))
     mixup = MixUp(0.2, num_classes=4, seed=1, per_batch=per_batch)
-    mixes = copy.deepcopy(mixup).make_params(labels)
+    mixes = copy.deepcopy(mixup).make_plan(labels)
     out, soft = mixup(entries, labels)
     one_hot = torch.eye(4)[labels]
     for i, mix in enumerate(mixes):
@@ -419,7 +419,7 @@ def test_labels_of_classes_mix_without_waiting_for_the_device(device):
         ({"p": float("nan")}, "p must be .* nan"),
         ({"lam": 1.1}, r"lam must be a share in \[0, 1\], or \(low, high\), or a function, but it is 1.1"),
         ({"lam": (0.6, 0.4)}, r"lam must be .* \(0.6, 0.4\)"),
-        ({"weights": "second"}, r"weights must be one of \['lam', 'first', 'ones'\], but it is 'second'"),
+        ({"box_weights": "second"}, r"box_weights must be one of \['lam', 'first', 'ones'\], but it is 'second'"),
         ({"min_weight": 2.0}, r"min_weight must be in \[0, 1\], but it is 2.0"),
         ({"pairing": "roll"}, "pairing must be a function or one of .*'rotation'.*, but it is 'roll'"),
         ({"scale": (0.0, 1.0)}, r"scale must be \(low, high\), both positive, but it is \(0.0, 1.0\)"),
