@@ -203,9 +203,9 @@ def test_partners_can_come_from_a_second_pool(stacked, stacked_pool, placed):
             lambda i, t, p: (i[:4], t, p),
             "images and targets must be of one length, but there are 4 images and 5 targets",
         ),
-        (lambda i, t, p: (i, t, p[:4]), "plan must say what is done to each of 5 images, but has 4 entries"),
-        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner 0 must be -1 or below the 5 there are, but it is 5"),
-        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner 0 .* it is -2"),
+        (lambda i, t, p: (i, t, p[:4]), "plan must hold one Mix for each of 5 samples, but it holds 4"),
+        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner of sample 0 must be -1 or an index below 5, but it is 5"),
+        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner of sample 0 .* it is -2"),
         (lambda i, t, p: (i, t, [Mix(1, 1.5), *p[1:]]), r"lie in \[0, 1\], but it is 1.5"),
         (
             lambda i, t, p: (i, [*t[:4], {"boxes": torch.full((1, 4), float("inf"))}], p),
@@ -266,7 +266,7 @@ def test_labels_of_a_pool_are_mixed_in():
         (torch.tensor([0.5, 1.0]), {"num_classes": 4}, r"integers, or soft labels \(B, num_classes\), but are \(2,\)"),
         (torch.zeros(2, 3, 4), {}, r"but are \(2, 3, 4\) torch.float32"),
         (torch.zeros(2, 3, 4, dtype=torch.int64), {"num_classes": 4}, r"but are \(2, 3, 4\) torch.int64"),
-        (torch.zeros(3, 4), {}, "plan must say what is done to each of 3 labels, but has 2 entries"),
+        (torch.zeros(3, 4), {}, "plan must hold one Mix for each of 3 samples, but it holds 2"),
         (torch.zeros(2, 4), {"pool": torch.zeros(2, 5)}, "must have the same classes, but have 4 and 5"),
     ],
 )

@@ -10,12 +10,26 @@ from hypothesis import strategies as st
 from torchvision import tv_tensors
 
 from detmix.mixing import blend_cpu as kernels
-from detmix.mixing.blend import blend_batch, blend_each, blend_images
+from detmix.mixing import blend as blending
+from detmix.mixing.blend import blend_images
+from detmix.mixing.plan import Mix
 from tests.conftest import DEVICES, without_waiting
 
 SIZES = [((5, 7), (5, 7)), ((5, 7), (6, 4)), ((3, 8), (6, 9)), ((4, 4), (1, 1)), ((2, 3), (4, 3))]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LAMS = st.integers(0, 2**24).map(lambda k: k / 2**24)  # those that MixUp draws
+
+
+def plan_of(partners, lams):
+    return [Mix(partner, lam) for partner, lam in zip(partners, lams, strict=False)]
+
+
+def blend_batch(images, partners, lams, **options):
+    return blending.blend_batch(images, plan_of(partners, lams), **options)
+
+
+def blend_each(firsts, seconds, lams, **options):
+    return blending.blend_pairs(firsts, seconds, plan_of(range(len(lams)), lams), **options)
 
 
 def exact_blend(first, second, lam, fill):
@@ -254,12 +268,12 @@ def test_smaller_images_of_a_pool_lie_at_the_top_left(as_list):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"partners": [1]}, "each of the 2 entries of the batch, but there are 1 and 2"),
-        ({"partners": [2, 0]}, "partner 0 must be -1 or below the 2 there are, but it is 2"),
-        ({"partners": [1, -2]}, "partner 1 must be .* it is -2"),
+        ({"partners": [1]}, "one Mix for each of 2 samples, but it holds 1"),
+        ({"partners": [2, 0]}, "partner of sample 0 must be -1 or an index below 2, but it is 2"),
+        ({"partners": [1, -2]}, "partner of sample 1 must be .* it is -2"),
         ({"lams": [0.5, 2.0]}, "but it is 2.0"),
         ({"pool": torch.rand(2, 3, 9, 4)}, r"image 0 of the pool must be no larger .*\(3, 4, 4\), but is \(3, 9, 4\)"),
-        ({"pool": torch.rand(2, 1, 4, 4)}, "the entries of the batch and their partner 0 must agree in channels"),
+        ({"pool": torch.rand(2, 1, 4, 4)}, "the images of the batch and their partner 0 must agree in channels"),
         ({"pool": [torch.rand(3, 4, 4), torch.rand(3, 4, 5)]}, r"image 1 of the pool must be no larger"),
         ({"pool": torch.rand(2, 7)}, r"agree in shape, dtype and device, but are \(3, 4, 4\) .* and \(7,\)"),
     ],

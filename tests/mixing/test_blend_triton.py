@@ -163,7 +163,7 @@ from triton.compiler import ASTSource
 import triton
 from detmix.mixing import blend_triton as fused
 constants = ("fields", "dtype", "is_aligned", "width")
-signature = {"table": "*i64", "jobs": "i32", **dict.fromkeys(constants, "constexpr")}
+signature = {"jobs": "*i64", "count": "i32", **dict.fromkeys(constants, "constexpr")}
 for dtype in fused.DTYPES.values():
     for is_aligned in (True, False):
         values = (17, dtype, is_aligned, fused.BYTES * 8 // dtype.primitive_bitwidth)
