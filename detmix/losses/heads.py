@@ -68,7 +68,7 @@ class WeightedRows:
 
 
 class WeightedRowsByImage(WeightedRows):
-    """Weight a class as `WeightedRows` does, if it divides the losses of each image by that image's matched rows.
+    """Weight a class as `WeightedRows` does, if it divides the losses of each image by its own matched rows.
 
     torchvision's ``RetinaNetHead`` does.
     """

@@ -79,7 +79,7 @@ class Rows:
         return Rows(self.base, tuple([d for i, d in enumerate(self.dims) if i not in gone]))
 
     def sliced(self, entries: tuple[Any, ...]) -> "Rows | None":
-        """Return the rows of ``x[entries]``, or None if an entry picks some of the weights, or is a tensor or a list."""
+        """Return the rows of ``x[entries]``, or None if an entry picks some of the weights or is no slice or number."""
         dims, d = list[int | None](), 0
         for entry in entries:
             if entry is None:
