@@ -53,7 +53,7 @@ def name_of(path):
 
 
 def room_of(module):
-    return (module.split(".") + ["__init__"])[1]
+    return [*module.split("."), "__init__"][1]
 
 
 @functools.cache
@@ -124,7 +124,7 @@ def find_private_names(files):
 
 def find_more_than_exports(files):
     """What the public face of mixing holds apart from its docstring, imports and ``__all__``."""
-    docstring, *body = parse(files["detmix/functional.py"])[0].body
+    _, *body = parse(files["detmix/functional.py"])[0].body
     yield from (ast.unparse(node) for node in body if not isinstance(node, ast.ImportFrom | ast.Assign))
     exported = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
     for node in body:
