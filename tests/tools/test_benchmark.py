@@ -141,6 +141,7 @@ def test_short_runs_are_called_until_a_turn_is_over(monkeypatch):
     assert len(calls) == benchmark.WARMUP_ROUNDS + 4 * 3
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(benchmark.resource is None, reason="the system does not count page faults")
 def test_page_faults_are_those_of_a_call():
     held = mmap.mmap(-1, 100 * mmap.PAGESIZE)
