@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detmix.losses.box_weights import CheckedTargets, weigh_targets, eager
+from detmix.losses.box_weights import CheckedTargets, eager, weigh_targets
 from detmix.losses.options import DEFAULT
 from detmix.losses.rows import Rows
 from detmix.losses.weighted_tensor import WeightedTensor, carry

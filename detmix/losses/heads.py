@@ -21,16 +21,11 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
-from detmix.losses.box_weights import weigh_targets, eager, weigh_rows
+from detmix.losses.box_weights import eager, weigh_rows, weigh_targets
 from detmix.losses.options import DEFAULT, Weighting
-from detmix.losses.rules import drop
 from detmix.losses.transformers import rebound
-from detmix.losses.weighted_tensor import RULES, WeightedTensor, weighted, weights_of
+from detmix.losses.weighted_tensor import WeightedTensor, weighted, weights_of
 from detmix.targets import Target
-
-# Mask R-CNN crops the masks it is to predict with boxes numbered by the object they are matched to. The numbers carry
-# the object's weight; the crops are targets, and need none.
-RULES[torch.ops.torchvision.roi_align] = drop
 
 
 class WeightedRows:

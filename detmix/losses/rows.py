@@ -175,10 +175,10 @@ def indexed(weights: Tensor, shape: Sequence[int], index: Any) -> Tensor:
 
 
 def _version(entry: Any) -> float:
-    """What changes when a tensor is written to; of one that does not tell, a number that equals none."""
-    if not isinstance(entry, Tensor):
-        return 0
-    return nan if entry.is_inference() else entry._version
+    """Return a number that changes when an entry of an index does; NaN, which equals nothing, where none can tell."""
+    if isinstance(entry, Tensor):
+        return nan if entry.is_inference() else entry._version
+    return 0 if entry is None or entry is Ellipsis or isinstance(entry, slice | int) else nan
 
 
 def _dims_consumed(entry: Any) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_map
 
-from detmix.losses.box_weights import CheckedTargets, weigh_targets, eager
+from detmix.losses.box_weights import CheckedTargets, eager, weigh_targets
 from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.options import DEFAULT, Weighting
 from detmix.losses.weighted_tensor import WeightedTensor, carry
