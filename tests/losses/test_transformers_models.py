@@ -19,9 +19,20 @@ def model(request):
     return build(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def changed(model):
+    """The same model, weighted; tests run it and change nothing."""
     return weight_losses(copy.deepcopy(model))
+
+
+@pytest.fixture(scope="module")
+def stock(model):
+    return losses_and_gradients(model)
+
+
+@pytest.fixture(scope="module")
+def at_weights(changed):
+    return losses_and_gradients(changed, WEIGHTS)
 
 
 def losses_and_gradients(model, *label_args):
@@ -32,20 +43,24 @@ def losses_and_gradients(model, *label_args):
     return {name: torch.as_tensor(loss).detach() for name, loss in output.loss_dict.items()}, gradients
 
 
+def losses_of(model, weights):
+    with torch.no_grad():
+        return forward(model, weights).loss_dict
+
+
 def assert_equal(actual, expected):
     for one, other in zip(actual, expected, strict=True):
         assert one.keys() == other.keys()
         assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
-def test_the_loss_has_its_terms_for_every_output(model, request):
+def test_the_loss_has_its_terms_for_every_output(stock, request):
     terms = MODELS[request.node.callspec.params["model"]][1]
     expected = {f"loss_{term}{place}" for names, places in terms.items() for term in names.split() for place in places}
-    assert {name for name in forward(model).loss_dict if "cardinality" not in name} == expected
+    assert {name for name in stock[0] if "cardinality" not in name} == expected
 
 
-def test_unit_and_missing_weights_keep_every_bit(model, changed):
-    stock = losses_and_gradients(model)
+def test_unit_and_missing_weights_keep_every_bit(stock, changed):
     assert_equal(losses_and_gradients(changed), stock)
     assert_equal(losses_and_gradients(changed, torch.ones(5)), stock)
 
@@ -53,12 +68,12 @@ def test_unit_and_missing_weights_keep_every_bit(model, changed):
 def test_images_without_objects_keep_every_bit(model, changed):
     if "InstanceSegmentation" in type(model).__name__:
         pytest.skip("its stock loss is an empty tensor where no image has an object")
-    stock = losses_and_gradients(model, None, (0, 0, 0))
-    assert_equal(losses_and_gradients(changed, torch.ones(0), (0, 0, 0)), stock)
+    expected = losses_and_gradients(model, None, (0, 0, 0))
+    assert_equal(losses_and_gradients(changed, torch.ones(0), (0, 0, 0)), expected)
 
 
-def test_every_term_is_affine_in_the_weights(changed):
-    (at_w, _), (at_0, _), (between, _) = (losses_and_gradients(changed, WEIGHTS * share) for share in (1, 0, 0.5))
+def test_every_term_is_affine_in_the_weights(changed, at_weights):
+    at_w, at_0, between = (at_weights[0], *(losses_of(changed, WEIGHTS * share) for share in (0, 0.5)))
     for name in at_w:
         torch.testing.assert_close(between[name], (at_w[name] + at_0[name]) / 2, rtol=1e-4, atol=1e-5)
     # The last layer teaches itself nothing: its loss_ddf is 0.
@@ -206,13 +221,12 @@ def pickled(model):
     return other
 
 
-def test_it_can_be_copied_pickled_and_weighted_twice(model, changed):
-    expected = losses_and_gradients(changed, WEIGHTS)
+def test_it_can_be_copied_pickled_and_weighted_twice(model, changed, at_weights):
     function = changed.loss_function
     assert weight_losses(changed).loss_function is function
     assert changed.state_dict().keys() == model.state_dict().keys()
     for other in (copy.deepcopy(changed), pickled(changed)):
-        assert_equal(losses_and_gradients(other, WEIGHTS), expected)
+        assert_equal(losses_and_gradients(other, WEIGHTS), at_weights)
 
 
 def test_a_detector_within_another_module_is_found(model):
