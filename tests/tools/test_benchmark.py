@@ -77,7 +77,11 @@ def test_threads_are_those_of_torch_and_of_opencv(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("line", "sizes"),
     [
-        ("losses --cases FCOS", "2 x 22,400 anchors x 91 classes, 16 boxes an image"),
+        pytest.param(
+            "losses --cases FCOS",
+            "2 x 22,400 anchors x 91 classes, 16 boxes an image",
+            marks=pytest.mark.slow,
+        ),
         (
             'mix --cases "float16 CHW"',
             "480 x 640 and 640 x 480 on 640 x 640 pixels, 3 channels; copied 1,536,000 values",
