@@ -202,9 +202,9 @@ def test_partners_can_come_from_a_second_pool(stacked, stacked_pool, placed):
             lambda i, t, p: (i[:4], t, p),
             "images and targets must be of one length, but there are 4 images and 5 targets",
         ),
-        (lambda i, t, p: (i, t, p[:4]), "plan must say what is done to each of 5 images, but has 4 entries"),
-        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner 0 must be -1 or below the 5 there are, but it is 5"),
-        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner 0 .* it is -2"),
+        (lambda i, t, p: (i, t, p[:4]), "plan must hold one Mix for each of 5 samples, but it holds 4"),
+        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner of sample 0 must be -1 or an index below 5, but it is 5"),
+        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner of sample 0 .* it is -2"),
         (lambda i, t, p: (i, t, [Mix(1, 1.5), *p[1:]]), r"lie in \[0, 1\], but it is 1.5"),
         (
             lambda i, t, p: (i, [*t[:4], {"boxes": torch.full((1, 4), float("inf"))}], p),

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torchvision import tv_tensors
 
 from detmix.mixing import blend_cpu as kernels
-from detmix.mixing.blend import blend_batch, blend_each, blend_images
+from detmix.mixing.blend import blend_images
 from tests.conftest import DEVICES, without_waiting
-from tests.mixing.samples import LAMS, random_image
+from tests.mixing.samples import LAMS, blend_batch, blend_each, random_image
 
 SIZES = [((5, 7), (5, 7)), ((5, 7), (6, 4)), ((3, 8), (6, 9)), ((4, 4), (1, 1)), ((2, 3), (4, 3))]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -238,12 +238,12 @@ def test_smaller_images_of_a_pool_lie_at_the_top_left(as_list):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"partners": [1]}, "each of the 2 entries of the batch, but there are 1 and 2"),
-        ({"partners": [2, 0]}, "partner 0 must be -1 or below the 2 there are, but it is 2"),
-        ({"partners": [1, -2]}, "partner 1 must be .* it is -2"),
+        ({"partners": [1]}, "one Mix for each of 2 samples, but it holds 1"),
+        ({"partners": [2, 0]}, "partner of sample 0 must be -1 or an index below 2, but it is 2"),
+        ({"partners": [1, -2]}, "partner of sample 1 must be .* it is -2"),
         ({"lams": [0.5, 2.0]}, "but it is 2.0"),
         ({"pool": torch.rand(2, 3, 9, 4)}, r"image 0 of the pool must be no larger .*\(3, 4, 4\), but is \(3, 9, 4\)"),
-        ({"pool": torch.rand(2, 1, 4, 4)}, "the entries of the batch and their partner 0 must agree in channels"),
+        ({"pool": torch.rand(2, 1, 4, 4)}, "the images of the batch and their partner 0 must agree in channels"),
         ({"pool": [torch.rand(3, 4, 4), torch.rand(3, 4, 5)]}, r"image 1 of the pool must be no larger"),
         ({"pool": torch.rand(2, 7)}, r"agree in shape, dtype and device, but are \(3, 4, 4\) .* and \(7,\)"),
     ],

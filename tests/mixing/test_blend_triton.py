@@ -169,7 +169,7 @@ def test_it_compiles_for_devices_and_writes_16_bytes_at_once_where_memory_is_ali
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     module = load()
     constants = ("fields", "dtype", "is_aligned", "width")
-    signature = {"table": "*i64", "jobs": "i32", **dict.fromkeys(constants, "constexpr")}
+    signature = {"jobs": "*i64", "count": "i32", **dict.fromkeys(constants, "constexpr")}
     for dtype in module.DTYPES.values():
         for is_aligned in (True, False):
             values = (17, dtype, is_aligned, module.BYTES * 8 // dtype.primitive_bitwidth)

@@ -227,10 +227,12 @@ def test_indices_count_from_the_end_and_stop_at_it():
 
 def test_what_gives_no_pairs_is_named():
     with pytest.raises(
-        TypeError, match=r"dataset must have a length and give samples by index, but generator does not"
+        TypeError, match=r"dataset must have a length and return samples by index, but generator does not"
     ):
         MixUpDataset(sample for sample in [])
-    with pytest.raises(TypeError, match=r"pool must have a length .*; mix the batches of a stream with MixUp"):
+    with pytest.raises(
+        TypeError, match=r"pool must have a length .*\. Mix the batches of an iterable dataset with MixUp"
+    ):
         MixUpDataset([], pool=(sample for sample in []))
     with pytest.raises(TypeError, match=r"sample 0 of list must be an \(image, target\) pair.*it is a Tensor"):
         MixUpDataset([torch.zeros(3, 4, 4)])[0]

@@ -40,7 +40,7 @@ def test_labels_of_a_pool_are_mixed_in():
         (torch.tensor([0.5, 1.0]), {"num_classes": 4}, r"integers, or soft labels \(B, num_classes\), but are \(2,\)"),
         (torch.zeros(2, 3, 4), {}, r"but are \(2, 3, 4\) torch.float32"),
         (torch.zeros(2, 3, 4, dtype=torch.int64), {"num_classes": 4}, r"but are \(2, 3, 4\) torch.int64"),
-        (torch.zeros(3, 4), {}, "plan must say what is done to each of 3 labels, but has 2 entries"),
+        (torch.zeros(3, 4), {}, "plan must hold one Mix for each of 3 samples, but it holds 2"),
         (torch.zeros(2, 4), {"pool": torch.zeros(2, 5)}, "must have the same classes, but have 4 and 5"),
     ],
 )

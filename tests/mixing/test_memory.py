@@ -4,8 +4,8 @@ import pytest
 import torch
 from torchvision import tv_tensors
 
-from detmix.mixing.blend import blend_batch, blend_each, blend_images
-from tests.mixing.samples import random_image
+from detmix.mixing.blend import blend_images
+from tests.mixing.samples import blend_batch, blend_each, random_image
 
 
 @pytest.mark.parametrize("second_size", [(6, 8), (9, 4)])

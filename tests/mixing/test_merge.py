@@ -14,13 +14,24 @@ from torchvision.transforms.v2.functional import convert_bounding_box_format
 
 from detmix.mixing.batch import mixup_batch, unmixed
 from detmix.mixing.join import SHARED_BYTES
-from detmix.mixing.merge import merge_batch, merge_targets
+from detmix.mixing.merge import merge_by_plan, merge_targets
 from detmix.mixing.plan import Mix
 from detmix.targets import BOX_KEYS
 from tests.conftest import DEVICES, assert_same, without_waiting
 
 CANVAS = (20, 24)
 KEYS = BOX_KEYS | {"names"}
+
+
+def merge_batch(targets, samples, lams, shares, canvases, **options):
+    """Merge samples that are told by the places of their one or two targets."""
+    firsts = [sides[0] for sides in samples]
+    pool = None if firsts == [*range(len(targets))] else targets
+    plan = [
+        Mix(sides[1], lam, both) if len(sides) > 1 else Mix()
+        for sides, lam, both in zip(samples, lams, shares, strict=True)
+    ]
+    return merge_by_plan([targets[first] for first in firsts], plan, canvases, pool=pool, **options)
 
 
 def boxes_of(kind, number):
@@ -81,7 +92,7 @@ def batches(draw):
         targets.append(target)
     place = st.integers(0, len(targets) - 1)
     samples = draw(st.lists(st.lists(place, min_size=1, max_size=2), min_size=1, max_size=6))
-    lams = [draw(st.integers(0, 8)) / 8 for _ in samples]
+    lams = [draw(st.integers(0, 8)) / 8 if len(sides) > 1 else 1.0 for sides in samples]
     return targets, samples, lams, [(lam, 1 - lam) for lam in lams], [CANVAS] * len(samples)
 
 
