@@ -131,6 +131,7 @@ def run(args: argparse.Namespace) -> int:
     """The exit status of what was asked for."""
     from detmix.datasets.coco.check import check_folder
     from detmix.datasets.coco.repair import refuse_target, write_clean
+    from detmix.training.files import write_json
 
     options = {"masks": args.masks, "keypoints": args.keypoints, "workers": args.workers}
     files = args.annotations or find_annotations(args.root)
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
         checks.append(check_folder(args.root, file, args.images, **options))
         show(summarize(checks[-1]))
     if args.json:
-        args.json.write_text(json.dumps([as_record(check) for check in checks], indent=1) + "\n", encoding="utf-8")
+        write_json([as_record(check) for check in checks], args.json, indent=1)
     if args.fix:
         listed = write_clean(checks, args.root, args.fix)
         changes = sum(map(len, json.loads(listed.read_text(encoding="utf-8")).values()))

@@ -13,7 +13,8 @@ from torchvision.transforms.v2 import functional as TF
 from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.shapes import draw_shapes
 from detmix.training.checkpoint import load_detector
-from detmix.training.predict import list_images, make_table, write_json
+from detmix.training.files import write_json
+from detmix.training.predict import list_images, make_table
 
 EPILOG = """\
 The file takes one image of any size, float32 (3, height, width), RGB in [0, 1], and returns boxes, labels and scores

@@ -9,7 +9,8 @@ import torch
 
 from detmix.datasets.coco.folder import CocoFolder
 from detmix.training.checkpoint import load_detector
-from detmix.training.predict import list_images, make_table, write_json, write_predictions
+from detmix.training.files import write_json
+from detmix.training.predict import list_images, make_table, write_predictions
 
 EPILOG = """\
 Written into the output folder: predictions.json, a list of COCO results with every box, mask and keypoint that the

@@ -1,8 +1,8 @@
 """Predict with a trained detector: images in, COCO results and drawn pictures out."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -18,6 +18,7 @@ from torchvision.utils import draw_keypoints, draw_segmentation_masks
 
 from detmix.datasets.coco.folder import CocoFolder
 from detmix.datasets.coco.table import CocoFile
+from detmix.training.files import write_json, write_whole
 from detmix.visualize import draw_sample
 
 Prediction = dict[str, Tensor]
@@ -235,26 +236,10 @@ def write_predictions(
         results += dataset.to_coco(image_id, prediction)
         if pictures:
             path = output / "pictures" / targets[image_id]
-            path.parent.mkdir(parents=True, exist_ok=True)
             picture = TF.to_pil_image(draw_prediction(image, prediction, dataset.class_names, min_score=min_score))
-            fresh = path.with_name(f"{path.name}.tmp")
-            picture.save(fresh, "PNG")
-            fresh.replace(path)
+            write_whole(path, partial(picture.save, format="PNG"))
     write_json(results, output / "predictions.json")
     return ids
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write a json file, whole or not at all.
-
-    Args:
-        content: What ``json.dumps`` takes.
-        path: The file; its folder is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(json.dumps(content) + "\n")
-    fresh.replace(path)
 
 
 class _Readable(Dataset[Any]):

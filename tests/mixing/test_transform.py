@@ -35,7 +35,9 @@ def lams(mixup, batches=500, size=8):
     return torch.tensor([mix.lam for _ in range(batches) for mix in plan(mixup, size)], dtype=torch.float64)
 
 
-@given(counts=st.lists(st.integers(0, 3), max_size=5), options=st.sampled_from([{}, {"p": 0.5}, {"box_weights": "first"}]))
+@given(
+    counts=st.lists(st.integers(0, 3), max_size=5), options=st.sampled_from([{}, {"p": 0.5}, {"box_weights": "first"}])
+)
 def test_every_target_says_how_its_sample_was_mixed(counts, options):
     images, targets = batch(counts)
     mixed_images, mixed = MixUp(**options)(images, targets)

@@ -12,12 +12,12 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.datasets.coco.folder import CocoFolder
+from detmix.training.files import write_json
 from detmix.training.predict import (
     draw_prediction,
     list_images,
     make_table,
     predict,
-    write_json,
     write_predictions,
 )
 from detmix.visualize import draw_sample
@@ -177,11 +177,11 @@ def test_masks_and_keypoints_are_drawn(key):
 def test_a_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json([1], tmp_path / "deep/out.json")
 
-    def half(path, text):
-        path.write_bytes(text.encode()[:2])
+    def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "replace", full)  # after all was written aside
     with pytest.raises(OSError, match="disk full"):
         write_json([1, 2, 3], tmp_path / "deep/out.json")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.json"]
     assert json.loads((tmp_path / "deep/out.json").read_text()) == [1]
