@@ -1,5 +1,6 @@
 """The Lightning data module: COCO-format folders, Albumentations on the CPU, mixup on the device."""
 
+import random
 import signal
 import warnings
 from collections.abc import Sequence
@@ -231,3 +232,8 @@ def _ignore_interrupt(worker: int) -> None:
 def collate(samples: Sequence[Sample]) -> LoadedBatch:
     """Images of any sizes as a list, and their targets as another."""
     return [image for image, _ in samples], [target for _, target in samples]
+
+
+def as_seed(seed: bool | int) -> int:
+    """Return the seed of the data for a ``seed_everything``: ``True`` asks for any, which the checkpoint then keeps."""
+    return random.randrange(2**32) if seed is True else int(seed)

@@ -17,7 +17,6 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_keypoints, draw_segmentation_masks
 
 from detmix.datasets.coco.folder import CocoFolder
-from detmix.datasets.coco.table import CocoFile
 from detmix.training.files import write_json, write_whole
 from detmix.visualize import draw_sample
 
@@ -62,7 +61,7 @@ def list_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = N
     return sorted(found.values())
 
 
-def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
+def make_content(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
     """Number files and classes from 1 in COCO's form; only the headers of the images are read.
 
     Args:
@@ -75,9 +74,9 @@ def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report
         ``width``, ``height``); ``categories`` (``id``, ``name``); and no ``annotations``.
 
     Example:
-        >>> table = make_table([Path("no/such.png")], ["cat"], print)
+        >>> content = make_content([Path("no/such.png")], ["cat"], print)
         no/such.png cannot be read: [Errno 2] No such file or directory: 'no/such.png'
-        >>> table["images"], table["categories"]
+        >>> content["images"], content["categories"]
         ([], [{'id': 1, 'name': 'cat'}])
     """
     folder = Path()
@@ -227,7 +226,7 @@ def write_predictions(
         ([1, 2], ['train_00000.png', 'train_00001.png'])
     """
     output = Path(output)
-    files = {row["id"]: row["file_name"] for row in CocoFile(dataset.annotations_file).rows["images"]}
+    files = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
     targets = _picture_paths(files) if pictures else {}
     results: list[dict[str, Any]] = []
     ids = []
@@ -253,10 +252,10 @@ class _Readable(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         try:
-            image, target = self.dataset[index]
-        except Exception as error:  # Pillow's readers raise what they like on a damaged file
+            image = self.dataset.read_image(index)
+        except (OSError, ValueError) as error:
             return str(error)
-        return image.as_subclass(Tensor), target["image_id"]
+        return image.as_subclass(Tensor), int(self.dataset.image_ids[index])
 
 
 def _picture_paths(files: dict[int, str]) -> dict[int, PurePath]:

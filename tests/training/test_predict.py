@@ -16,7 +16,7 @@ from detmix.training.files import write_json
 from detmix.training.predict import (
     draw_prediction,
     list_images,
-    make_table,
+    make_content,
     predict,
     write_predictions,
 )
@@ -125,7 +125,7 @@ def test_images_are_found_in_folders_once_and_sorted(folder):
 
 def test_what_cannot_be_read_is_named_and_the_others_go_on(folder, tmp_path):
     said = []
-    table = make_table(list_images([folder]), ["a", "b", "c"], said.append)
+    table = make_content(list_images([folder]), ["a", "b", "c"], said.append)
     assert [(row["id"], Path(row["file_name"]).name) for row in table["images"]] == [
         *((1, "cat.png"), (2, "broken.png"), (3, "cat.jpg"), (4, "cat.png"), (5, "dog.png"))
     ]
