@@ -12,7 +12,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str | Exception) -> NoReturn:
         """Exit with the message in one line, without the usage."""
-        self.exit(2, f"error: {' '.join(str(message).split())}\n")
+        self.exit(2, f"error: {one_line(message)}\n")
+
+
+def one_line(message: str | Exception) -> str:
+    """Return a message without its line breaks."""
+    return " ".join(str(message).split())
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -10,9 +10,9 @@ import lightning as L
 import numpy as np
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from jsonargparse.typing import PositiveInt
-from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
+from detmix.cli.config_parser import ConfigParser
 from detmix.mixing.plan import Mix
 from detmix.mixing.transform import MixUp
 from detmix.targets import Target
@@ -28,9 +28,9 @@ IGNORED = ("trainer", "model", "checkpoint", "last", "pictures", "run_dir", "ckp
 """What else the config of a training, or the config.yaml that a run saves, can hold."""
 
 
-def make_parser(prog: str | None = None) -> LightningArgumentParser:
+def make_parser(prog: str | None = None) -> ConfigParser:
     """Return the parser of the command line, which takes whole configs of trainings."""
-    parser = LightningArgumentParser(prog=prog, description=DESCRIPTION)
+    parser = ConfigParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="Config of a training, in yaml or json.")
     parser.add_argument("--output", default="preview.png", help="PNG file to write, beside a JSON record of its mixes.")
     parser.add_argument("--num_images", type=PositiveInt, default=12, help="Number of samples to mix and draw.")
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     try:
         draw(parser.instantiate_classes(config).data, config.num_images, config.replay, picture)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+        parser.error(str(error))
     sys.stdout.write(f"Drew {picture}; {picture.with_suffix('.json')} records the mixes\n")
     return 0
 

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import distributed
 
+from detmix.cli.config_parser import ConfigParser
 from detmix.training.callbacks import Pictures
 from detmix.training.checkpoint import read_checkpoint
 from detmix.training.data import DetectionData, as_seed
@@ -45,6 +46,7 @@ class DetectorCLI(LightningCLI):
                     auto_configure_optimizers=False,
                     save_config_callback=ConfigCallback,
                     save_config_kwargs={"overwrite": True},
+                    parser_class=ConfigParser,
                     **kwargs,
                 )
         except (NonFiniteLossError, OSError) as error:  # the last line of an error that comes from a worker is its own
@@ -87,8 +89,10 @@ class DetectorCLI(LightningCLI):
             path = self._find_checkpoint()
             super().instantiate_classes()
             self.datamodule.setup("fit")
+            if self.subcommand == "fit":
+                self.datamodule.check_batch_size()
         except (ValueError, OSError, MisconfigurationException) as error:
-            self.parser.exit(2, f"error: {error}\n")
+            self.parser.error(str(error))
         if self.subcommand:
             self.config_init[self.subcommand]["ckpt_path"] = path
             self.config_init[self.subcommand]["weights_only"] = True

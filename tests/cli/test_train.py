@@ -166,6 +166,12 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--data.mixup.start 9", "stop must be no epoch before start, 9, but it is 4"),
         ("--model.lr fast", "Expected a <class 'float'>. Got value: fast"),
         ("--model.learning_rate 1", "unrecognized arguments: --model.learning_rate"),
+        ("--model.lr -1", "lr must be positive, but it is -1.0"),
+        ("--model.options.max_sizee 64", "options must be arguments of FasterRCNN, .* did you mean max_size"),
+        ("--model.options.num_classes 3", "options must not hold num_classes"),
+        ("--data.batch_size 0", "batch_size must be at least 1, but it is 0"),
+        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but is 9"),
+        ("--data.num_workers -1", "num_workers must be at least 0, but it is -1"),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(mistake, message, shapes, monkeypatch, capsys):
