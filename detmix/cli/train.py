@@ -1,30 +1,23 @@
 """The command line: Lightning's, with the detector, the data and a run folder filled in."""
 
-import argparse
-import random
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor, distributed
+from torch import distributed
 
-from detmix.datasets.coco.table import CocoFile
-from detmix.mixing.plan import Mix
-from detmix.mixing.transform import MixUp
-from detmix.targets import Target
-from detmix.training.callbacks import Pictures, write_samples
+from detmix.cli.config_parser import ConfigParser
+from detmix.training.callbacks import Pictures
 from detmix.training.checkpoint import read_checkpoint
-from detmix.training.data import DetectionData, LoadedBatch, collate
+from detmix.training.data import DetectionData, as_seed
 from detmix.training.module import DetectorModule, NonFiniteLossError
-from detmix.training.records import read_record, write_record
 from detmix.training.resume import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
 
 NOISE = (
@@ -37,24 +30,25 @@ NOISE = (
 )
 """Warnings, as patterns, that tell a user nothing to act on."""
 
-for _message in NOISE:
-    warnings.filterwarnings("ignore", _message)
-
 
 class DetectorCLI(LightningCLI):
     """``fit`` and ``validate`` a detector: every argument of module, data, trainer and checkpoint is an option."""
 
     def __init__(self, **kwargs: Any) -> None:
         try:
-            super().__init__(
-                DetectorModule,
-                DetectionData,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                save_config_callback=ConfigCallback,
-                save_config_kwargs={"overwrite": True},
-                **kwargs,
-            )
+            with warnings.catch_warnings():
+                for message in NOISE:
+                    warnings.filterwarnings("ignore", message)
+                super().__init__(
+                    DetectorModule,
+                    DetectionData,
+                    seed_everything_default=0,
+                    auto_configure_optimizers=False,
+                    save_config_callback=ConfigCallback,
+                    save_config_kwargs={"overwrite": True},
+                    parser_class=ConfigParser,
+                    **kwargs,
+                )
         except (NonFiniteLossError, OSError) as error:  # the last line of an error that comes from a worker is its own
             sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
         if distributed.is_initialized():  # its threads would now and then abort the process as it ends
@@ -76,7 +70,7 @@ class DetectorCLI(LightningCLI):
             type=str | None,
             help="Each run gets a version_<n> in it; runs/<config> by default.",
         )
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Pictures, "pictures")
@@ -95,8 +89,10 @@ class DetectorCLI(LightningCLI):
             path = self._find_checkpoint()
             super().instantiate_classes()
             self.datamodule.setup("fit")
+            if self.subcommand == "fit":
+                self.datamodule.check_batch_size()
         except (ValueError, OSError, MisconfigurationException) as error:
-            self.parser.exit(2, f"error: {error}\n")
+            self.parser.error(str(error))
         if self.subcommand:
             self.config_init[self.subcommand]["ckpt_path"] = path
             self.config_init[self.subcommand]["weights_only"] = True
@@ -175,76 +171,19 @@ class ConfigCallback(SaveConfigCallback):
         checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
 
 
-class PreviewCLI(DetectorCLI):
-    """Draw a training batch as the data section of a config mixes it; neither model nor trainer is built."""
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Train or validate as the command line says; a mistake exits with one line.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(run=False, **kwargs)
+    Args:
+        arguments: Of the command line; those of the process by default.
+        prog: The name of the command in its help.
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Say where the picture goes, how many samples it shows and whether it repeats another."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--output", default="preview.png", help="The PNG file to write; a JSON record of its mixes goes beside it."
-        )
-        parser.add_argument("--num_images", type=PositiveInt, default=12, help="How many samples to mix and draw.")
-        parser.add_argument(
-            "--replay",
-            default=None,
-            type=str | None,
-            help="A JSON record, of this tool or of a run (pictures/mixed.json): all its samples are mixed and drawn "
-            "as it says. It holds the mix and not the augmentation, so the images are mixed as they are on disk.",
-        )
-        for option in ("ckpt_path", "weights_only"):
-            # The config.yaml that a run has saved holds these of its fit.
-            parser.add_argument(f"--{option}", default=None, help=argparse.SUPPRESS)
-
-    def instantiate_classes(self) -> None:
-        """Build the data alone, mix and draw."""
-        self.output = self.config["output"]
-        parser = LightningArgumentParser()
-        parser.add_lightning_class_args(DetectionData, "data")
-        try:
-            data = parser.instantiate_classes({"data": self.config["data"]})["data"]
-            mixup = MixUp(p=0.0) if data.mixup is None else data.mixup
-            # The epoch that mixes most: a schedule that starts later, or slowly, would leave nothing to see.
-            mixup.set_epoch(max(range(mixup.start, mixup.start + max(1, mixup.ramp)), key=mixup.probability))
-            replay = self.config["replay"]
-            batch = _first_batch(data, self.config["num_images"]) if replay is None else _recorded(data, Path(replay))
-            images, targets = mixup(*batch)
-            path = Path(self.output)
-            write_samples(images, targets, data.class_names, path)
-            write_record(targets, path.with_suffix(".json"))
-        except (ValueError, OSError) as error:
-            self.parser.exit(2, f"error: {error}\n")
+    Returns:
+        The exit status.
+    """
+    DetectorCLI(args=arguments, parser_kwargs={} if prog is None else {"prog": prog})
+    return 0
 
 
-def _first_batch(data: DetectionData, count: int) -> LoadedBatch:
-    data.batch_size, data.num_workers = count, 0
-    batch = data.drop_unreadable(next(iter(data.train_dataloader())), "train")
-    if not batch[0]:
-        raise ValueError(f"num_images of {count} drew images none of which can be read.")
-    return batch
-
-
-def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Target], list[Mix]]:
-    image_ids, plan = read_record(record)
-    data.augment = None
-    dataset = data.train_set
-    _, known = CocoFile(dataset.annotations_file).by_id("images")  # in the order of the dataset
-    for i, image_id in enumerate(image_ids):
-        if image_id not in known:
-            raise ValueError(
-                f"image_id of sample {i} of {record} is {image_id}, which is not one of the {len(known)} images of "
-                f"{dataset.annotations_file}."
-            )
-    images, targets = collate([dataset[index] for index in np.searchsorted(known, image_ids)])
-    for image, target in zip(images, targets, strict=True):
-        if image is None:  # the plan names its samples by their place, so none can be left out
-            raise ValueError(target["error"])
-    return images, targets, plan
-
-
-def _as_seed(seed: bool | int) -> int:
-    # True asks Lightning for any seed; what it then draws, a checkpoint keeps.
-    return random.randrange(2**32) if seed is True else int(seed)
+if __name__ == "__main__":
+    sys.exit(main())

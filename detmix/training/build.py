@@ -1,5 +1,7 @@
 """Build torchvision's detectors by name."""
 
+import difflib
+import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 _log = logging.getLogger(__name__)
@@ -79,25 +82,50 @@ def build_detector(
             f"backbone goes with {', '.join(_ON_PYRAMIDS)}, and with them only, "
             f"but detector is {name!r} and backbone is {backbone!r}."
         )
+    if "num_classes" in (options or {}):
+        raise ValueError("options must not hold num_classes, which is an argument of its own.")
     build = (
         partial(models.get_model, name, weights_backbone=weights_backbone)
         if backbone is None
         else partial(_on_pyramid, name, backbone, weights_backbone, fpn_channels)
     )
     if weights is None:
-        model: nn.Module = build(num_classes=num_classes, **(options or {}))
-        return model
-    if weights.endswith((".pt", ".pth", ".ckpt")):
+        return _build(build, name, num_classes, options)
+    if is_file_name(weights):
         if not Path(weights).is_file():
             raise FileNotFoundError(
                 f"weights must be the name of torchvision weights or a file, but there is no {weights}."
             )
-        model = build(num_classes=num_classes, **(options or {}))
-        return _load_what_fits(model, _read_state_dict(weights))
-    model = models.get_model(name, weights_backbone=None, num_classes=num_classes, **(options or {}))
+        return _load_what_fits(_build(build, name, num_classes, options), _read_state_dict(weights))
+    model = _build(partial(models.get_model, name, weights_backbone=None), name, num_classes, options)
     trained: nn.Module = models.get_model(name, weights=weights, **(options or {}))
     model.backbone = trained.backbone  # with its frozen batch norms, which a model built without weights does not have
     return _load_what_fits(model, trained.state_dict())
+
+
+def is_file_name(weights: str) -> bool:
+    """Return whether ``weights`` of `build_detector` name a file and not weights of torchvision."""
+    return weights.endswith((".pt", ".pth", ".ckpt"))
+
+
+def _build(build: Callable[..., nn.Module], name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:
+    if not options:
+        return build(num_classes=num_classes)
+    try:
+        model = build(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"options {options} do not fit {name}: {error}.") from error
+    # torchvision passes keyword arguments on, and its resizing ignores those that it does not know.
+    takers: list[Any] = [*type(model).__mro__, GeneralizedRCNNTransform]
+    if name not in _ON_PYRAMIDS:
+        takers.append(models.get_model_builder(name))
+    known = {key for taker in takers for key in inspect.signature(taker).parameters}
+    for key in options:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(f"options must be arguments of {type(model).__name__}, but {key!r} is none{hint}")
+    return model
 
 
 def _on_pyramid(

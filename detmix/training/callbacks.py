@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.targets import Target
+from detmix.training.files import write_whole
 from detmix.training.records import write_record
 from detmix.visualize import draw_grid, draw_sample
 
@@ -128,10 +130,8 @@ def draw_curves(log: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_whole(path, partial(figure.savefig, dpi=100, format="png"))
 
 
 def _write(pictures: Sequence[Tensor], path: Path, columns: int = 4) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(draw_grid(pictures, columns)).save(path)
+    write_whole(path, partial(TF.to_pil_image(draw_grid(pictures, columns)).save, format="PNG"))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
-from detmix.training.build import build_detector
+from detmix.training.build import build_detector, is_file_name
 
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 """Builders that set the eps of their batch norms to 0 with their COCO_V1 weights; a state dict does not tell."""
@@ -129,7 +129,7 @@ def _rebuild(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
 
 
 def _has_zero_eps(name: str, weights: str | None) -> bool:
-    if name not in _ZERO_EPS or weights is None or weights.endswith((".pt", ".pth", ".ckpt")):
+    if name not in _ZERO_EPS or weights is None or is_file_name(weights):
         return False
     known = models.get_model_weights(name)
     return bool(known.verify(weights) == known["COCO_V1"])

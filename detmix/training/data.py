@@ -1,5 +1,6 @@
 """The Lightning data module: COCO-format folders, Albumentations on the CPU, mixup on the device."""
 
+import random
 import signal
 import warnings
 from collections.abc import Sequence
@@ -74,6 +75,11 @@ class DetectionData(L.LightningDataModule):
         super().__init__()
         if mixup is not None and mixup.inplace:
             raise ValueError("inplace of mixup must be false, since images of different sizes are mixed as a list.")
+        for name, number, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0)):
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, but it is {number}.")
+        if not 0 <= min_visibility <= 1:
+            raise ValueError(f"min_visibility must be a share in [0, 1], but it is {min_visibility}.")
         self.root = root
         self.splits = {"train": (train_annotations, train_images), "val": (val_annotations, val_images)}
         self.batch_size = batch_size
@@ -126,12 +132,8 @@ class DetectionData(L.LightningDataModule):
         Raises:
             ValueError: if there are not enough images, or a run that stopped within an epoch is to go on with others.
         """
+        self.check_batch_size()
         count, rank = self._processes()
-        if len(self.train_set) < self.batch_size * count:
-            raise ValueError(
-                f"batch_size must be at most the {len(self.train_set) // count} training images"
-                f"{' of each process' if count > 1 else ''}, but is {self.batch_size}."
-            )
         (epoch, start), self._position = self._position, (0, 0)
         if start and self._images_a_step != self.batch_size * count:
             raise ValueError(
@@ -144,6 +146,15 @@ class DetectionData(L.LightningDataModule):
         sampler.set_epoch(epoch)
         batches = EpochBatchSampler(sampler, self.batch_size, start)
         return self._loader(SeededDataset(self.train_set, self.seed), batches)
+
+    def check_batch_size(self) -> None:
+        """Raise ``ValueError`` if there are too few training images for one batch."""
+        count, _ = self._processes()
+        if len(self.train_set) < self.batch_size * count:
+            raise ValueError(
+                f"batch_size must be at most the {len(self.train_set) // count} training images"
+                f"{' of each process' if count > 1 else ''}, but is {self.batch_size}."
+            )
 
     def val_dataloader(self) -> DataLoader[Sample]:
         """Every validation image once, in order, in the batches that one process would have."""
@@ -231,3 +242,8 @@ def _ignore_interrupt(worker: int) -> None:
 def collate(samples: Sequence[Sample]) -> LoadedBatch:
     """Images of any sizes as a list, and their targets as another."""
     return [image for image, _ in samples], [target for _, target in samples]
+
+
+def as_seed(seed: bool | int) -> int:
+    """Return the seed of the data for a ``seed_everything``: ``True`` asks for any, which the checkpoint then keeps."""
+    return random.randrange(2**32) if seed is True else int(seed)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from detmix.training.files import write_whole
+
 OPSET = 18
 TOLERANCES = {"boxes": 0.1, "scores": 1e-3, "masks": 1e-2, "keypoints": 1.5, "keypoints_scores": 1e-2}
 """The largest difference from torch, absolute, that `check_onnx` takes for rounding: boxes and keypoints in pixels.
@@ -164,11 +166,7 @@ def check_onnx(content: bytes, model: nn.Module, images: Iterable[Tensor]) -> Pa
 
 def write_onnx(content: bytes, path: str | Path) -> None:
     """Write an ONNX model into a file, whole or not at all; its folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_bytes(content)
-    fresh.replace(path)
+    write_whole(Path(path), lambda file: file.write(content))
 
 
 def _pair(expected: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[tuple[list[int], list[int]], list[Tensor]]:

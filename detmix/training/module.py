@@ -89,6 +89,11 @@ class DetectorModule(L.LightningModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr must be positive, but it is {lr}.")
+        for name, number in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, but it is {number}.")
         self.save_hyperparameters()
         self.class_names = list(class_names or map(str, range(1, num_classes)))
         self.model = build_detector(

@@ -1,8 +1,8 @@
 """Predict with a trained detector: images in, COCO results and drawn pictures out."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_keypoints, draw_segmentation_masks
 
 from detmix.datasets.coco.folder import CocoFolder
-from detmix.datasets.coco.table import CocoFile
+from detmix.training.files import write_json, write_whole
 from detmix.visualize import draw_sample
 
 Prediction = dict[str, Tensor]
@@ -61,7 +61,7 @@ def list_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = N
     return sorted(found.values())
 
 
-def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
+def make_content(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
     """Number files and classes from 1 in COCO's form; only the headers of the images are read.
 
     Args:
@@ -74,9 +74,9 @@ def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report
         ``width``, ``height``); ``categories`` (``id``, ``name``); and no ``annotations``.
 
     Example:
-        >>> table = make_table([Path("no/such.png")], ["cat"], print)
+        >>> content = make_content([Path("no/such.png")], ["cat"], print)
         no/such.png cannot be read: [Errno 2] No such file or directory: 'no/such.png'
-        >>> table["images"], table["categories"]
+        >>> content["images"], content["categories"]
         ([], [{'id': 1, 'name': 'cat'}])
     """
     folder = Path()
@@ -226,7 +226,7 @@ def write_predictions(
         ([1, 2], ['train_00000.png', 'train_00001.png'])
     """
     output = Path(output)
-    files = {row["id"]: row["file_name"] for row in CocoFile(dataset.annotations_file).rows["images"]}
+    files = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
     targets = _picture_paths(files) if pictures else {}
     results: list[dict[str, Any]] = []
     ids = []
@@ -235,26 +235,10 @@ def write_predictions(
         results += dataset.to_coco(image_id, prediction)
         if pictures:
             path = output / "pictures" / targets[image_id]
-            path.parent.mkdir(parents=True, exist_ok=True)
             picture = TF.to_pil_image(draw_prediction(image, prediction, dataset.class_names, min_score=min_score))
-            fresh = path.with_name(f"{path.name}.tmp")
-            picture.save(fresh, "PNG")
-            fresh.replace(path)
+            write_whole(path, partial(picture.save, format="PNG"))
     write_json(results, output / "predictions.json")
     return ids
-
-
-def write_json(content: Any, path: Path) -> None:
-    """Write a json file, whole or not at all.
-
-    Args:
-        content: What ``json.dumps`` takes.
-        path: The file; its folder is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(json.dumps(content) + "\n")
-    fresh.replace(path)
 
 
 class _Readable(Dataset[Any]):
@@ -268,10 +252,10 @@ class _Readable(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         try:
-            image, target = self.dataset[index]
-        except Exception as error:  # Pillow's readers raise what they like on a damaged file
+            image = self.dataset.read_image(index)
+        except (OSError, ValueError) as error:
             return str(error)
-        return image.as_subclass(Tensor), target["image_id"]
+        return image.as_subclass(Tensor), int(self.dataset.image_ids[index])
 
 
 def _picture_paths(files: dict[int, str]) -> dict[int, PurePath]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from detmix.mixing.plan import Mix
 from detmix.targets import Target
+from detmix.training.files import write_whole
 
 
 def write_record(targets: Sequence[Target], path: Path) -> None:
@@ -25,10 +26,8 @@ def write_record(targets: Sequence[Target], path: Path) -> None:
         {"image_id": image_id, "partner_image_id": partner_id, **mix._asdict()}
         for image_id, partner_id, mix in zip(ids, partner_ids, plan, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text("[\n" + ",\n".join(f"  {json.dumps(sample)}" for sample in samples) + "\n]\n")
-    fresh.replace(path)
+    text = "[\n" + ",\n".join(f"  {json.dumps(sample)}" for sample in samples) + "\n]\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def read_record(path: Path) -> tuple[list[int], list[Mix]]:

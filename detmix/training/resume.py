@@ -1,7 +1,6 @@
 """Checkpoints that outlast a kill at any moment, and finding the one to go on from."""
 
 import csv
-import os
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from detmix.training.checkpoint import find_damage
+from detmix.training.files import write_whole
 
 NAMES = ("next.ckpt", "last.ckpt", "previous.ckpt")
 """The checkpoints to go on from: a whole one that is not renamed yet, the last one, and the one before it."""
@@ -33,13 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file), durable=True)
 
 
 class LastCheckpoint(Checkpoint):

@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from detmix.cli.train import NOISE, DetectorCLI, PreviewCLI
+from detmix.cli import preview as preview_command
+from detmix.cli.train import NOISE, DetectorCLI
 from detmix.datasets.shapes import draw_shapes
 from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule
@@ -33,7 +34,7 @@ pytestmark = [
 
 def command(monkeypatch, tool, line):
     monkeypatch.setattr("sys.argv", [tool, *line.split()])
-    return PreviewCLI() if tool == "preview.py" else DetectorCLI()
+    return preview_command.main() if tool == "preview.py" else DetectorCLI()
 
 
 def failure(monkeypatch, capsys, line, tool="train.py"):
@@ -165,6 +166,12 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--data.mixup.start 9", "stop must be no epoch before start, 9, but it is 4"),
         ("--model.lr fast", "Expected a <class 'float'>. Got value: fast"),
         ("--model.learning_rate 1", "unrecognized arguments: --model.learning_rate"),
+        ("--model.lr -1", "lr must be positive, but it is -1.0"),
+        ("--model.options.max_sizee 64", "options must be arguments of FasterRCNN, .* did you mean max_size"),
+        ("--model.options.num_classes 3", "options must not hold num_classes"),
+        ("--data.batch_size 0", "batch_size must be at least 1, but it is 0"),
+        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but is 9"),
+        ("--data.num_workers -1", "num_workers must be at least 0, but it is -1"),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(mistake, message, shapes, monkeypatch, capsys):
@@ -208,7 +215,8 @@ def test_help_describes_every_option(monkeypatch, capsys):
 def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):
     output = tmp_path / "deep/preview.png"
     line = f"--config {DEMO} --data.root {shapes} --num_images 6 --output {output}"
-    assert command(monkeypatch, "preview.py", line).output == str(output)
+    assert command(monkeypatch, "preview.py", line) == 0
+    assert capsys.readouterr().out == f"Drew {output}; {output.with_suffix('.json')} records the mixes\n"
     with PIL.Image.open(output) as picture:
         assert picture.mode == "RGB"
     said = failure(monkeypatch, capsys, f"--config {DEMO} --data.root {shapes} --num_images 9", "preview.py")

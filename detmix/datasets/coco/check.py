@@ -15,7 +15,7 @@ from detmix.datasets.coco.defects import Defect, some
 from detmix.datasets.coco.folder import find_files
 from detmix.datasets.coco.images import as_defect, check_header, read_header, read_orientation, read_rgb, split_missing
 from detmix.datasets.coco.objects import read_objects
-from detmix.datasets.coco.table import CocoFile, Images
+from detmix.datasets.coco.table import CocoTable, Images
 
 MODES = {"1": "grey", "L": "grey", "LA": "grey", "CMYK": "CMYK", "I": "16 bits", "F": "16 bits"}
 """The kind of what is read as RGB of 8 bits, by Pillow's mode up to a semicolon."""
@@ -24,7 +24,7 @@ MODES = {"1": "grey", "L": "grey", "LA": "grey", "CMYK": "CMYK", "I": "16 bits",
 class Check(NamedTuple):
     """What is wrong with one annotations file and its images."""
 
-    table: CocoFile
+    table: CocoTable
     images_folder: Path
     defects: list[Defect]
     options: dict[str, bool | None]
@@ -43,11 +43,13 @@ class Check(NamedTuple):
     @property
     def lost(self) -> dict[str, npt.NDArray[np.bool_]]:
         """Which records of ``images``, ``annotations`` and ``categories`` have to go, annotations with their image."""
-        rows, lost = self.table.rows, self.table.lost
-        there = {record["id"] for record, gone in zip(rows["images"], lost["images"].tolist(), strict=True) if not gone}
+        records, lost = self.table.records, self.table.lost
+        there = {
+            record["id"] for record, gone in zip(records["images"], lost["images"].tolist(), strict=True) if not gone
+        }
         annotations = [
             gone or record["image_id"] not in there
-            for record, gone in zip(rows["annotations"], lost["annotations"].tolist(), strict=True)
+            for record, gone in zip(records["annotations"], lost["annotations"].tolist(), strict=True)
         ]
         return {**lost, "annotations": np.array(annotations, dtype=bool)}
 
@@ -96,16 +98,15 @@ def check_folder(
     file, folder = find_files(Path(root), annotations, images)
     defects: list[Defect] = []
     options = {"masks": masks, "keypoints": keypoints}
-    table = CocoFile(file, defects.append)
+    table = CocoTable(file, defects.append)
     listed = check_records(table, options)
     found = list(_check_images(file, folder, listed, workers))
     for defect in found:
-        if defect.loses:
-            table.lost["images"][list(defect.rows)] = True
+        table.mark_lost(defect)
     return Check(table, folder, defects + found, options)
 
 
-def check_records(table: CocoFile, options: dict[str, bool | None]) -> Images:
+def check_records(table: CocoTable, options: dict[str, bool | None]) -> Images:
     """Report all that is wrong with the json alone, and give its images."""
     categories, images = table.categories(), table.images()
     read_objects(table, images, categories, crowd=True, masks=options["masks"], keypoints=options["keypoints"])

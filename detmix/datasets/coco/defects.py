@@ -1,4 +1,4 @@
-"""What can be wrong with a COCO-format set, and what training does about it: one table for reader and checker."""
+"""What can be wrong with a COCO-format set, and what training does about it: one list for reader and checker."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -70,7 +70,7 @@ class Defect(NamedTuple):
 
     kind: str
     """A key of `KINDS`."""
-    table: str
+    section: str
     """``images``, ``annotations`` or ``categories``."""
     rows: tuple[int, ...]
     """Where the records stand in the file's list, from 0."""

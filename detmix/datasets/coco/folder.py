@@ -14,10 +14,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from detmix.datasets.coco.defects import LISTED, refuse
-from detmix.datasets.coco.images import check_files as find_defective
-from detmix.datasets.coco.images import read_rgb
+from detmix.datasets.coco.images import find_defective_files, read_rgb
 from detmix.datasets.coco.objects import read_objects
-from detmix.datasets.coco.table import CocoFile, Images, Record
+from detmix.datasets.coco.table import CocoTable, Images, Record
 
 
 class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
@@ -53,6 +52,9 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
             worker processes, for ``collate_fn`` to leave out and count.
 
     Attributes:
+        image_ids: the COCO ids of the images, int64 ``(len(dataset),)``, ascending, read-only.
+        file_names: the images' file names, relative to ``images_folder``.
+        sizes: height and width of each image, int64 ``(len(dataset), 2)``, read-only.
         category_ids: ``category_ids[label - 1]`` is the COCO category id.
         class_names: ``class_names[label - 1]`` is the category's name; the background has none.
         num_classes: ``len(class_names) + 1``, because torchvision's detectors count the background.
@@ -91,11 +93,14 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         self._skip = unreadable == "skip"
         if unreadable not in ("raise", "skip"):
             raise ValueError(f"unreadable is {unreadable!r}, expected 'raise' or 'skip'.")
-        table = CocoFile(self.annotations_file)
+        table = CocoTable(self.annotations_file)
         categories, listed = table.categories(), table.images()
         self.category_ids: tuple[int, ...] = tuple(categories.ids.tolist())
         self.class_names = categories.names
-        self._image_ids, self._names, self._sizes = listed.ids, listed.names, listed.sizes
+        self.image_ids, self.sizes = listed.ids, listed.sizes
+        self.file_names: tuple[str, ...] = tuple(listed.names)
+        for column in (self.image_ids, self.sizes):
+            column.setflags(write=False)
         if check_files and (remark := self._check_files(listed)):
             warnings.warn(remark, stacklevel=2)
 
@@ -111,20 +116,20 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         return len(self.class_names) + 1
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.file_names)
 
     def __getitem__(self, index: SupportsIndex) -> tuple[Any, dict[str, Any]]:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images of {self.annotations_file}.")
         index %= len(self)
-        height, width = self._sizes[index].tolist()
+        height, width = self.sizes[index].tolist()
         try:
-            image = self._decode(self.images_folder / self._names[index], (height, width))
+            image = self.read_image(index)
         except (OSError, ValueError) as error:
             if not self._skip:
                 raise
-            return None, {"image_id": int(self._image_ids[index]), "error": str(error)}
+            return None, {"image_id": int(self.image_ids[index]), "error": str(error)}
         objects = slice(*self._first[index : index + 2].tolist())
         boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies: what a transform changes stays its own
         target: dict[str, Any] = {
@@ -137,10 +142,31 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
             target["keypoints"] = torch.tensor(self._keypoints[objects])
         target["area"] = torch.tensor(self._area[objects])
         target["iscrowd"] = torch.tensor(self._iscrowd[objects])
-        target["image_id"] = int(self._image_ids[index])
+        target["image_id"] = int(self.image_ids[index])
         if self.transforms is not None:
             image, target = self.transforms(image, target)
         return image, target
+
+    def read_image(self, index: int) -> tv_tensors.Image:
+        """Read an image without its target.
+
+        Args:
+            index: 0 to ``len(dataset) - 1``.
+
+        Returns:
+            The image, uint8 ``(3, H, W)``, RGB, untransformed.
+
+        Raises:
+            OSError: the file is missing or cannot be decoded.
+            ValueError: it has another size than the json says.
+        """
+        path, size = self.images_folder / self.file_names[index], tuple(self.sizes[index].tolist())
+        pixels = read_rgb(path)
+        if pixels.shape[1:] != size:
+            raise ValueError(
+                f"{path} is {tuple(pixels.shape[1:])} (height, width), but {self.annotations_file} says {size}."
+            )
+        return tv_tensors.Image(pixels)
 
     def to_coco(self, image_id: int, prediction: Mapping[str, Tensor]) -> list[Record]:
         """Turn one image's prediction into COCO result records: original category ids, boxes as x, y, width, height.
@@ -154,7 +180,7 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         Returns:
             N records that ``json.dumps`` and ``pycocotools.coco.COCO.loadRes`` take.
         """
-        if int(image_id) not in self._image_ids:
+        if int(image_id) not in self.image_ids:
             raise ValueError(f"image_id {image_id} is not one of the {len(self)} images of {self.annotations_file}.")
         given = {key: value.cpu() for key, value in prediction.items() if isinstance(value, Tensor)}
         for key in ("boxes", "labels", "scores"):
@@ -179,18 +205,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
                 record["keypoints"] = points.flatten().tolist()
         return results
 
-    def _decode(self, path: Path, size: tuple[int, int]) -> tv_tensors.Image:
-        pixels = read_rgb(path)
-        if pixels.shape[1:] != size:
-            raise ValueError(
-                f"{path} is {tuple(pixels.shape[1:])} (height, width), but {self.annotations_file} says {size}."
-            )
-        return tv_tensors.Image(pixels)
-
     def _check_files(self, images: Images) -> str | None:
         """Refuse the first file that cannot be read, or remark on all of them where they are skipped."""
         found = []
-        for defect in find_defective(self.annotations_file, self.images_folder, images):
+        for defect in find_defective_files(self.annotations_file, self.images_folder, images):
             if not self._skip:
                 refuse(defect)
             found.append(defect)

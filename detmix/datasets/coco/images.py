@@ -63,7 +63,7 @@ def read_orientation(file: Path) -> int:
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def check_files(file: Path, folder: Path, images: Images) -> Iterator[Defect]:
+def find_defective_files(file: Path, folder: Path, images: Images) -> Iterator[Defect]:
     """One defect that counts all missing files, then one for each file that is no image or not of the json's size."""
     missing, there = split_missing(file, folder, images)
     if missing:

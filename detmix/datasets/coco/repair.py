@@ -17,7 +17,7 @@ import PIL.ImageOps
 
 from detmix.datasets.coco.check import Check, check_records
 from detmix.datasets.coco.defects import KINDS, Defect
-from detmix.datasets.coco.table import TABLES, CocoFile, Record
+from detmix.datasets.coco.table import SECTIONS, CocoTable, Record
 
 LIST = "removed.json"
 """Beside the copy: every record that was removed or changed, as it was."""
@@ -59,9 +59,10 @@ CURES: dict[str, Callable[[Record, _Context], None]] = {
 def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
     """Write a copy of ``root`` that training takes as it is: the checked annotations and their images.
 
-    Images and annotations with errors are left out but for those with a cure (`detmix.datasets.coco.defects.KINDS`); with an
-    image or category go its annotations. Files are hard links where the system allows, else copies: to change one in
-    place may change the original. ``removed.json`` lists every record that was removed or changed, as it was.
+    Images and annotations with errors are left out, except those with a cure (`detmix.datasets.coco.defects.KINDS`).
+    The annotations of an image or category that is left out are left out too. Image files are hard links where the
+    system allows, else copies: do not change them in place. ``removed.json`` lists every record that was removed or
+    changed, as it was before.
 
     Args:
         checks: of `check_folder`, each of another annotations file of ``root``.
@@ -118,28 +119,28 @@ def clean_content(check: Check) -> tuple[Record, list[Record]]:
         if not changes:
             return content, done
         found: list[Defect] = []
-        table = CocoFile(check.annotations_file, found.append, content)
+        table = CocoTable(check.annotations_file, found.append, content)
         check_records(table, check.options)
         lost, defects = table.lost, found
     raise AssertionError(f"{[defect.message for defect in defects]} has no cure")  # a mistake of ours
 
 
 def _pass(
-    table: CocoFile, lost: dict[str, npt.NDArray[np.bool_]], defects: Iterable[Defect]
+    table: CocoTable, lost: dict[str, npt.NDArray[np.bool_]], defects: Iterable[Defect]
 ) -> tuple[Record, list[Record]]:
     """Remove and cure what is known to be wrong."""
-    kinds: dict[tuple[str, int], list[str]] = defaultdict(list)
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
     for defect in defects:
         for row in defect.rows:
-            kinds[defect.table, row].append(defect.kind)
-    ids = [record["id"] for record in table.rows["annotations"] if type(record.get("id")) is int]
-    sound = [record for record, gone in zip(table.rows["images"], lost["images"].tolist(), strict=True) if not gone]
+            found[defect.section, row].append(defect.kind)
+    ids = [record["id"] for record in table.records["annotations"] if type(record.get("id")) is int]
+    sound = [record for record, gone in zip(table.records["images"], lost["images"].tolist(), strict=True) if not gone]
     context = _Context({record["id"]: record for record in sound}, itertools.count(max(ids, default=0) + 1))
     content, changes = dict(table.content), []
-    for name in TABLES:
+    for section in SECTIONS:
         kept = []
-        for row, (record, gone) in enumerate(zip(table.content[name], lost[name].tolist(), strict=True)):
-            why = kinds.get((name, row), [])
+        for row, (record, gone) in enumerate(zip(table.content[section], lost[section].tolist(), strict=True)):
+            why = found.get((section, row), [])
             cures = [kind for kind in why if KINDS[kind].cure]
             if not gone and not cures:
                 kept.append(record)
@@ -153,8 +154,8 @@ def _pass(
                 what, why = "; ".join(KINDS[kind].cure for kind in cures), cures
             number = record.get("id") if isinstance(record, dict) else None
             why = why or ["of an image or category that was removed"]
-            changes.append({"table": name, "id": number, "what": what, "why": why, "record": record})
-        content[name] = kept
+            changes.append({"table": section, "id": number, "what": what, "why": why, "record": record})
+        content[section] = kept
     return content, changes
 
 
@@ -166,8 +167,8 @@ def _inside(path: Path, root: Path, other: str) -> Path:
 
 
 def _write_images(check: Check, images: Iterable[Record], folder: Path) -> None:
-    rows = check.table.rows["images"]
-    turned = {rows[row]["file_name"] for defect in check.defects if defect.kind == "turned" for row in defect.rows}
+    records = check.table.records["images"]
+    turned = {records[row]["file_name"] for defect in check.defects if defect.kind == "turned" for row in defect.rows}
     for name in dict.fromkeys(image["file_name"] for image in images):
         target, source = folder / name, (check.images_folder / name).resolve()
         if target.exists():  # listed by another annotations file as well

@@ -14,7 +14,7 @@ from detmix.datasets.coco.values import Floats, Ints, are_numbers, are_plain, as
 
 Record = dict[str, Any]
 
-TABLES = ("images", "annotations", "categories")
+SECTIONS = ("images", "annotations", "categories")
 _MISSING = object()
 
 
@@ -38,7 +38,7 @@ class Images(NamedTuple):
     """Height and width, ``(images, 2)``."""
 
 
-class CocoFile:
+class CocoTable:
     """The parsed json, column by column; it lives during construction only.
 
     Args:
@@ -55,18 +55,20 @@ class CocoFile:
     def __init__(self, file: Path, report: Report = refuse, content: Record | None = None) -> None:
         self.file, self.report = file, report
         self.content = _parse(file) if content is None else content
-        self.rows: dict[str, list[Record]] = {}
+        self.records: dict[str, list[Record]] = {}
         self.lost: dict[str, npt.NDArray[np.bool_]] = {}
-        for table in TABLES:
-            records = self.content.get(table)
+        for section in SECTIONS:
+            records = self.content.get(section)
             if not isinstance(records, list):
-                found = f"{table!r} is a {type(records).__name__}" if table in self.content else f"has no {table!r}"
+                found = (
+                    f"{section!r} is a {type(records).__name__}" if section in self.content else f"has no {section!r}"
+                )
                 raise ValueError(f"{file} {found}, expected a list; its keys are {short(sorted(self.content))}.")
-            self.rows[table] = [record if isinstance(record, dict) else {} for record in records]
-            self.lost[table] = np.zeros(len(records), dtype=bool)
+            self.records[section] = [record if isinstance(record, dict) else {} for record in records]
+            self.lost[section] = np.zeros(len(records), dtype=bool)
             for number, record in enumerate(records):
                 if not isinstance(record, dict):
-                    self.reject("record", table, number, f"{table}[{number}] is {short(record)}, expected a dict.")
+                    self.reject("record", section, number, f"{section}[{number}] is {short(record)}, expected a dict.")
 
     def categories(self) -> Categories:
         """The categories, checked."""
@@ -92,41 +94,41 @@ class CocoFile:
         rows, ids = self._without_lost("images", rows, ids)
         return Images(rows, ids, [names[row] for row in rows], sizes[rows])
 
-    def by_id(self, table: str) -> tuple[Ints, Ints]:
+    def by_id(self, section: str) -> tuple[Ints, Ints]:
         """The rows in the order of their ids, and the sorted ids."""
-        ids, read = self._integers(table, "id")
+        ids, read = self._integers(section, "id")
         rows = np.flatnonzero(read)
         rows = rows[np.argsort(ids[rows], kind="stable")]
         again = np.diff(ids[rows], prepend=ids[rows[:1]] - 1) == 0
         if again.any():
             repeated = np.unique(ids[rows[again]]).tolist()
-            message = f"{len(repeated)} ids of {table!r} occur more than once: {some(repeated)}."
-            for kind, which in self._sort_repeated(table, rows, again).items():
-                self.reject(kind, table, which, message)
-        return self._without_lost(table, rows, ids[rows])
+            message = f"{len(repeated)} ids of {section!r} occur more than once: {some(repeated)}."
+            for kind, which in self._sort_repeated(section, rows, again).items():
+                self.reject(kind, section, which, message)
+        return self._without_lost(section, rows, ids[rows])
 
-    def _column(self, table: str, key: str) -> list[Any]:
+    def _column(self, section: str, key: str) -> list[Any]:
         """One value of every record."""
         try:
-            return [record[key] for record in self.rows[table]]
+            return [record[key] for record in self.records[section]]
         except KeyError:
-            for number, record in enumerate(self.rows[table]):
-                if key not in record and (record or not self.lost[table][number]):
-                    message = f"{table}[{number}], {short(record)}, has no {key!r}."
-                    self.reject("field", table, number, message)
-            return [record.get(key, _MISSING) for record in self.rows[table]]
+            for number, record in enumerate(self.records[section]):
+                if key not in record and (record or not self.lost[section][number]):
+                    message = f"{section}[{number}], {short(record)}, has no {key!r}."
+                    self.reject("field", section, number, message)
+            return [record.get(key, _MISSING) for record in self.records[section]]
 
-    def _integers(self, table: str, key: str) -> tuple[Ints, npt.NDArray[np.bool_]]:
+    def _integers(self, section: str, key: str) -> tuple[Ints, npt.NDArray[np.bool_]]:
         """A column that must hold integers, and which of them do."""
-        values = self._column(table, key)
+        values = self._column(section, key)
         read = np.ones(len(values), dtype=bool)
         if not set(map(type, values)) <= {int} or (values and max(map(abs, values)) >= 2**63):
             for number, value in enumerate(values):
                 if type(value) is int and abs(value) < 2**63:
                     continue
                 if value is not _MISSING:
-                    message = f"{key!r} of {table}[{number}] is {short(value)}, expected an int."
-                    self.reject("type", table, number, message)
+                    message = f"{key!r} of {section}[{number}] is {short(value)}, expected an int."
+                    self.reject("type", section, number, message)
                 values[number], read[number] = 0, False
         return np.array(values, dtype=np.int64), read
 
@@ -140,7 +142,7 @@ class CocoFile:
                     self.reject("file name" if isinstance(name, str) else "type", "images", number, message)
         return names
 
-    def lookup(self, key: str, table: str, known: Ints) -> Ints:
+    def lookup(self, key: str, section: str, known: Ints) -> Ints:
         """Where each annotation's ``key`` stands in the sorted ids ``known``; -1 for none.
 
         Records that are lost are known still, so the checker counts what hangs on them, but not as their own mistake.
@@ -148,7 +150,7 @@ class CocoFile:
         values, read = self._integers("annotations", key)
         found = read & np.isin(values, known)
         if not found.all():
-            listed = [record.get("id") for record in self.rows[table]]
+            listed = [record.get("id") for record in self.records[section]]
             there = found | np.isin(values, [value for value in listed if type(value) is int and abs(value) < 2**63])
             unknown = np.flatnonzero(read & ~there)
             if len(unknown):
@@ -170,7 +172,7 @@ class CocoFile:
 
         Others are of this ``kind`` of defect, and of the kind ``infinite`` if they are too large or NaN only.
         """
-        values = [self.rows["annotations"][row].get(key) for row in rows.tolist()]
+        values = [self.records["annotations"][row].get(key) for row in rows.tolist()]
         read = np.ones(len(rows), dtype=bool)
         if (matrix := as_matrix(values, length)) is not None:
             return matrix, read
@@ -178,50 +180,54 @@ class CocoFile:
             if are_numbers(value) and len(value) == length:
                 continue
             only_numbers = isinstance(value, list) and set(map(type, value)) <= {int, float} and len(value) == length
-            if self.rows["annotations"][row] or not self.lost["annotations"][row]:
+            if self.records["annotations"][row] or not self.lost["annotations"][row]:
                 self.reject_value(infinite if only_numbers else kind, key, row, expected)
             values[n], read[n] = [0] * length, False
         return np.array(values, dtype=np.float64).reshape(len(rows), length), read
 
-    def _sort_repeated(self, table: str, rows: Ints, again: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
+    def _sort_repeated(self, section: str, rows: Ints, again: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
         """The rows, sorted by id, whose id occurs ``again``, by kind of defect.
 
         An image or category that is described in two ways has no right one: nobody can tell which an annotation means.
         """
-        records, found = self.rows[table], defaultdict(set)
+        records, found = self.records[section], defaultdict(set)
         first = 0
         for n in np.flatnonzero(again).tolist():
             first = first if again[n - 1] else n - 1
             row, before = int(rows[n]), int(rows[first])
             if records[row] == records[before]:
                 found["repeated record"].add(row)
-            elif table == "annotations":
+            elif section == "annotations":
                 found["shared id"].add(row)
             else:
                 found["ambiguous id"] |= {row, before}
         return {kind: sorted(which) for kind, which in found.items()}
 
-    def _without_lost(self, table: str, rows: Ints, ids: Ints) -> tuple[Ints, Ints]:
-        there = ~self.lost[table][rows]
+    def _without_lost(self, section: str, rows: Ints, ids: Ints) -> tuple[Ints, Ints]:
+        there = ~self.lost[section][rows]
         return rows[there], ids[there]
 
-    def id_of(self, table: str, row: int | np.int64) -> Any:
+    def id_of(self, section: str, row: int | np.int64) -> Any:
         """The id of a record, whatever it is; None for none."""
-        return self.rows[table][row].get("id")
+        return self.records[section][row].get("id")
 
-    def reject(self, kind: str, table: str, rows: Any, message: str) -> None:
+    def reject(self, kind: str, section: str, rows: Any, message: str) -> None:
         """Report a defect of one row or several."""
         rows = np.atleast_1d(rows).tolist()
         defect = Defect(
-            kind, table, tuple(rows), tuple(self.id_of(table, row) for row in rows), f"{self.file}: {message}"
+            kind, section, tuple(rows), tuple(self.id_of(section, row) for row in rows), f"{self.file}: {message}"
         )
         self.report(defect)
+        self.mark_lost(defect)
+
+    def mark_lost(self, defect: Defect) -> None:
+        """Mark the records of a defect as lost if a cleaned copy is without them."""
         if defect.loses:
-            self.lost[table][rows] = True
+            self.lost[defect.section][list(defect.rows)] = True
 
     def reject_value(self, kind: str, key: str, row: int | np.int64, expected: str) -> None:
         """Report that an annotation's ``key`` is not what is expected."""
-        record = self.rows["annotations"][row]
+        record = self.records["annotations"][row]
         message = f"{key!r} of annotation {record.get('id')} is {short(record.get(key))}, expected {expected}."
         self.reject(kind, "annotations", row, message)
 
@@ -244,9 +250,9 @@ def _parse(file: Path) -> Record:
     if not isinstance(content, dict):
         hint = " (detection results have this form)" if isinstance(content, list) else ""
         raise ValueError(f"{file} holds a {type(content).__name__}{hint}, expected COCO's dict.")
-    for table in TABLES:
-        if text.count(f'"{table}"') > 1 and _top_keys(text).count(table) > 1:
-            raise ValueError(f"{file} has {table!r} more than once, of which json keeps the last only.")
+    for section in SECTIONS:
+        if text.count(f'"{section}"') > 1 and _top_keys(text).count(section) > 1:
+            raise ValueError(f"{file} has {section!r} more than once, of which json keeps the last only.")
     return content
 
 

@@ -25,13 +25,13 @@ def spoilt(root, name):
 def found_in(check):
     groups = defaultdict(list)
     for defect in check.defects:
-        groups[defect.kind, defect.table] += defect.ids
+        groups[defect.kind, defect.section] += defect.ids
         assert len(defect.rows) == len(defect.ids)
     return dict(groups)
 
 
 def lost_annotations(check):
-    records = check.table.rows["annotations"]
+    records = check.table.records["annotations"]
     return [records[row].get("id") for row in np.flatnonzero(check.lost["annotations"])]
 
 
@@ -73,7 +73,7 @@ def test_training_refuses_and_leaves_out_what_the_checker_calls_errors(tmp_path,
         else:
             samples = [*CocoFolder(tmp_path, crowd=True)]
             total = sum(len(target["boxes"]) for _, target in samples)
-            assert total == len(check.table.rows["annotations"]) - len(lost_annotations(check))
+            assert total == len(check.table.records["annotations"]) - len(lost_annotations(check))
             assert len(said) == any(d.kind in ("empty box", "box outside", "box clipped") for d in check.defects)
 
 
@@ -89,7 +89,7 @@ def test_a_cleaned_copy_has_no_errors_and_all_else(tmp_path, name):
     assert not {defect.kind for defect in again.defects} & CURES.keys()
     lost = lost_annotations(check)
     kept = [record["id"] for record in json.loads((tmp_path / "clean" / FILE).read_text())["annotations"]]
-    assert len(kept) == len(check.table.rows["annotations"]) - len(lost)
+    assert len(kept) == len(check.table.records["annotations"]) - len(lost)
     assert len(set(kept)) == len(kept)
     (entries,) = json.loads(listed.read_text()).values()
     removed = [entry for entry in entries if entry["what"] == "removed"]
