@@ -68,16 +68,16 @@ class WeightedRows:
 
 
 class WeightedRowsByImage(WeightedRows):
-    """Weight a class as `WeightedRows` does, if it divides the losses of each image by its own matched rows.
+    """Weight a class as `WeightedRows` does, for losses that are divided image by image.
 
-    torchvision's ``RetinaNetHead`` does.
+    torchvision's ``RetinaNetHead`` divides the losses of each image by the number of its matched rows.
     """
 
     counted_over = (1,)
 
 
 class _WeightedBoxes(Tensor):
-    """Boxes that pass their weights on when they are gathered. All else computed on them, such as matching, is plain."""
+    """Boxes that pass on their weights when they are gathered. All else computed on them, such as IoU, is plain."""
 
     weights: Tensor
 
