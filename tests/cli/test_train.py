@@ -170,7 +170,7 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--model.options.max_sizee 64", "options must be arguments of FasterRCNN, .* did you mean max_size"),
         ("--model.options.num_classes 3", "options must not hold num_classes"),
         ("--data.batch_size 0", "batch_size must be at least 1, but it is 0"),
-        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but is 9"),
+        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but it is 9"),
         ("--data.num_workers -1", "num_workers must be at least 0, but it is -1"),
     ],
 )
@@ -220,7 +220,7 @@ def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):
     with PIL.Image.open(output) as picture:
         assert picture.mode == "RGB"
     said = failure(monkeypatch, capsys, f"--config {DEMO} --data.root {shapes} --num_images 9", "preview.py")
-    assert "batch_size must be at most the 8 training images, but is 9" in said
+    assert "batch_size must be at most the 8 training images, but it is 9" in said
 
 
 PLAIN = "--data.augment []"
@@ -334,8 +334,8 @@ def fit(monkeypatch, root, run_dir, options):
 @pytest.mark.parametrize(
     ("names", "summary"),
     [
-        (["train_00001"], "1 image was skipped, as it could not be read: 2 of train\n"),
-        (["train_00001", "val_00001"], "2 images were skipped, as they could not be read: 2 of train, 2 of val\n"),
+        (["train_00001"], "1 image was skipped, because it could not be read: 2 of train\n"),
+        (["train_00001", "val_00001"], "2 images were skipped, because they could not be read: 2 of train, 2 of val\n"),
     ],
 )
 def test_a_run_goes_on_without_unreadable_images_and_names_each_once(
@@ -362,7 +362,8 @@ def test_batches_without_a_readable_image_do_not_end_a_run(monkeypatch, tmp_path
     assert len([warning for warning in said if "is skipped" in str(warning.message)]) == 3
     assert cli.trainer.global_step == 4
     assert (
-        "3 images were skipped, as they could not be read: 1 of train, 2 of train, 1 of val" in capsys.readouterr().out
+        "3 images were skipped, because they could not be read: 1 of train, 2 of train, 1 of val"
+        in capsys.readouterr().out
     )
 
 
@@ -396,7 +397,7 @@ def test_a_preview_of_nothing_that_can_be_read_is_one_line(monkeypatch, tmp_path
     line = f"--config {DEMO} --data.root {root} --num_images 1 --data.unreadable skip --output {tmp_path / 'p.png'}"
     with pytest.warns(UserWarning, match="image 1 is skipped"):
         said = failure(monkeypatch, capsys, line, "preview.py")
-    assert said == "num_images of 1 drew images none of which can be read."
+    assert said == "none of the 1 images of the batch can be read."
     assert not (tmp_path / "p.png").exists()
 
 
