@@ -25,7 +25,7 @@ SHOWN = 3  # messages of a kind
 def make_parser(prog: str | None = None) -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog=prog, description=DESCRIPTION)
-    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder")
+    parser.add_argument("root", metavar="ROOT", type=Path, help="dataset folder")
     parser.add_argument(
         "--annotations",
         nargs="+",
@@ -33,30 +33,30 @@ def make_parser(prog: str | None = None) -> Parser:
         help="json files, relative to ROOT (annotations/instances_*.json)",
     )
     parser.add_argument(
-        "--images", default="images", metavar="FOLDER", help="of the images, relative to ROOT (%(default)s)"
+        "--images", default="images", metavar="FOLDER", help="image folder, relative to ROOT (%(default)s)"
     )
     for name in ("masks", "keypoints"):
         parser.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
-            help=f"require {name} of every annotation, or do not look at them (used if all have them)",
+            help=f"require {name} of every annotation, or ignore {name} (checked if all annotations have them)",
         )
     parser.add_argument(
         "--fix",
         type=Path,
         metavar="FOLDER",
-        help="write a copy without the defects to this folder, new or empty; removed.json in it lists what was left "
-        "out or changed. Images are hard links where the system allows: do not change them in place",
+        help="write a copy without the defects into this new or empty folder. Its removed.json lists what was left out "
+        "or changed. Images are hard links where the system allows: do not change them in place",
     )
     parser.add_argument(
-        "--json", type=writable_file, metavar="FILE", help="write every defect with all ids to this file"
+        "--json", type=writable_file, metavar="FILE", help="write every defect with all ids into this json file"
     )
     parser.add_argument("--workers", type=at_least(1), default=1, help="threads that decode images (%(default)s)")
     return parser
 
 
 def find_annotations(root: Path) -> list[str]:
-    """The json files that are named as COCO's and ours."""
+    """Return the json files with the usual names, relative to the folder."""
     if not root.is_dir():
         raise FileNotFoundError(f"root {root} is not a folder.")
     found = [str(path.relative_to(root)) for path in sorted(root.glob("annotations/instances_*.json"))]
@@ -66,13 +66,13 @@ def find_annotations(root: Path) -> list[str]:
 
 
 def count(number: int, section: str) -> str:
-    """The number with its noun."""
+    """Return the number with its noun."""
     singular = "category" if section == "categories" else section[:-1]
     return f"{number} {singular if number == 1 else section}"
 
 
 def summarize(check: "Check") -> list[str]:
-    """What is wrong with one file, in lines."""
+    """Return lines that say what is wrong with one file."""
     from detmix.datasets.coco.defects import KINDS, some
 
     counts = [count(len(records), name) for name, records in check.table.records.items()]
@@ -93,7 +93,7 @@ def summarize(check: "Check") -> list[str]:
 
 
 def as_record(check: "Check") -> dict[str, Any]:
-    """The same for programs."""
+    """Return the same for the json file."""
     return {
         "annotations": str(check.annotations_file),
         "images": str(check.images_folder),
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status of what was asked for."""
+    """Check, write the files that are asked for, and return the exit status."""
     from detmix.datasets.coco.check import check_folder
     from detmix.datasets.coco.repair import refuse_target, write_clean
 
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(lines: list[str]) -> None:
-    """Print at once, as the next file takes a while; letters that the terminal does not know are escaped."""
+    """Print lines at once, because the next file takes a while; escape letters that the terminal does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
         sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -25,7 +25,7 @@ Draw a training batch as the data section of a config mixes it, and record how i
 trainer is built; their sections of the config are ignored."""
 
 IGNORED = ("trainer", "model", "checkpoint", "last", "pictures", "run_dir", "ckpt_path", "weights_only")
-"""What else the config of a training, or the config.yaml that a run saves, can hold."""
+"""Other keys of the config of a training, or of the config.yaml that a run saves."""
 
 
 def make_parser(prog: str | None = None) -> ConfigParser:
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
 def draw(data: DetectionData, num_images: int, replay: str | None, path: Path) -> None:
     """Mix a batch, draw it, and record it beside the picture."""
     mixup = MixUp(p=0.0) if data.mixup is None else data.mixup
-    # The epoch that mixes most: a schedule that starts later, or slowly, would leave nothing to see.
+    # The epoch that mixes most, because a schedule may start later or slowly.
     mixup.set_epoch(max(range(mixup.start, mixup.start + max(1, mixup.ramp)), key=mixup.probability))
     batch = _first_batch(data, num_images) if replay is None else _recorded(data, Path(replay))
     images, targets = mixup(*batch)
@@ -89,7 +89,7 @@ def _first_batch(data: DetectionData, count: int) -> LoadedBatch:
     data.batch_size, data.num_workers = count, 0
     batch = data.drop_unreadable(next(iter(data.train_dataloader())), "train")
     if not batch[0]:
-        raise ValueError(f"num_images of {count} drew images none of which can be read.")
+        raise ValueError(f"none of the {count} images of the batch can be read.")
     return batch
 
 
@@ -106,7 +106,7 @@ def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Tar
             )
     images, targets = collate([dataset[index] for index in np.searchsorted(known, image_ids)])
     for image, target in zip(images, targets, strict=True):
-        if image is None:  # the plan names its samples by their place, so none can be left out
+        if image is None:  # partners in the plan are places in the batch, so no sample can be left out
             raise ValueError(target["error"])
     return images, targets, plan
 

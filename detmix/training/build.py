@@ -17,10 +17,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 _log = logging.getLogger(__name__)
-_LISTED = 8  # names in a message: a new head has four
+_LISTED = 8  # names in a message; a new head has four
 
-# Meta-architectures that take any feature pyramid: the ResNet stages and the further levels that torchvision's own
-# builders give each, so that its default anchors fit.
+# Architectures that take any feature pyramid, with the ResNet stages and the extra levels that torchvision's own
+# builders use, so that the default anchors fit.
 _ONE_STAGE = ((2, 3, 4), lambda channels: LastLevelP6P7(channels, channels))
 _TWO_STAGE = ((1, 2, 3, 4), lambda channels: LastLevelMaxPool())
 _ON_PYRAMIDS: dict[str, tuple[Any, tuple[tuple[int, ...], Callable[[int], nn.Module]]]] = {
@@ -33,7 +33,7 @@ _ON_PYRAMIDS: dict[str, tuple[Any, tuple[tuple[int, ...], Callable[[int], nn.Mod
 
 
 def list_detectors() -> list[str]:
-    """The names `build_detector` knows: torchvision's builders, and the classes that take a backbone.
+    """Return the names that `build_detector` takes: torchvision's builders, and classes that take a backbone.
 
     Example:
         >>> "fcos_resnet50_fpn" in list_detectors(), "FCOS" in list_detectors()
@@ -52,22 +52,22 @@ def build_detector(
     fpn_channels: int = 256,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a detector of torchvision: a plain model, its losses not yet weighted.
+    """Build a detector of torchvision, without weighted losses.
 
     Args:
-        name: A builder, such as ``"fasterrcnn_resnet50_fpn"``; or, with ``backbone``, one of the classes ``FCOS``,
-            ``RetinaNet``, ``FasterRCNN``, ``MaskRCNN`` and ``KeypointRCNN``.
-        num_classes: Background, class 0, included.
-        weights: The name of torchvision weights such as ``"DEFAULT"``, or the file of a state dict, for the whole
-            detector. Where they were trained on other classes, all that does not fit stays as initialised, and the log
-            names it.
-        weights_backbone: The name of torchvision weights for the backbone.
-        backbone: A ResNet of torchvision, such as ``"resnet18"``, under a feature pyramid.
-        fpn_channels: Channels of that pyramid, and so of the heads; a multiple of 32.
-        options: Further keyword arguments of the builder or class, such as ``min_size``.
+        name: Builder of torchvision such as ``"fasterrcnn_resnet50_fpn"``. With ``backbone``, one of the classes
+            ``FCOS``, ``RetinaNet``, ``FasterRCNN``, ``MaskRCNN`` and ``KeypointRCNN``.
+        num_classes: Number of classes with the background, class 0.
+        weights: Initial weights of the whole detector: a name of torchvision weights such as ``"DEFAULT"``, or the file
+            of a state dict. Parameters of other shapes, as of a head for other classes, stay randomly initialised and
+            are logged.
+        weights_backbone: Name of torchvision weights for the backbone.
+        backbone: ResNet of torchvision such as ``"resnet18"``, used with a feature pyramid.
+        fpn_channels: Channels of the feature pyramid and of the heads; a multiple of 32.
+        options: More keyword arguments of the builder or class, such as ``min_size``.
 
     Raises:
-        ValueError: if the name is unknown or goes with no such backbone.
+        ValueError: if the name or an option is unknown, or the name does not fit ``backbone``.
         FileNotFoundError: if ``weights`` is a file name and there is no such file.
 
     Example:
@@ -79,11 +79,11 @@ def build_detector(
         raise ValueError(f"detector must be one of {', '.join(list_detectors())}, but it is {name!r}.")
     if (name in _ON_PYRAMIDS) != (backbone is not None):
         raise ValueError(
-            f"backbone goes with {', '.join(_ON_PYRAMIDS)}, and with them only, "
+            f"backbone must be given with {', '.join(_ON_PYRAMIDS)} and with no other detector, "
             f"but detector is {name!r} and backbone is {backbone!r}."
         )
     if "num_classes" in (options or {}):
-        raise ValueError("options must not hold num_classes, which is an argument of its own.")
+        raise ValueError("options must not hold num_classes, because it is an argument of its own.")
     build = (
         partial(models.get_model, name, weights_backbone=weights_backbone)
         if backbone is None
@@ -99,7 +99,7 @@ def build_detector(
         return _load_what_fits(_build(build, name, num_classes, options), _read_state_dict(weights))
     model = _build(partial(models.get_model, name, weights_backbone=None), name, num_classes, options)
     trained: nn.Module = models.get_model(name, weights=weights, **(options or {}))
-    model.backbone = trained.backbone  # with its frozen batch norms, which a model built without weights does not have
+    model.backbone = trained.backbone  # with frozen batch norms, which a model built without weights lacks
     return _load_what_fits(model, trained.state_dict())
 
 
@@ -162,7 +162,7 @@ def _load_what_fits(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     if left := [name for name in names if name not in fits]:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         _log.warning(
-            "%d of %d parameters stay as initialised, as weights has none of their name and shape: %s%s",
+            "%d of %d parameters stay as initialised, because weights has none of their name and shape: %s%s",
             len(left),
             len(names),
             ", ".join(left[:_LISTED]),

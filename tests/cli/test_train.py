@@ -20,10 +20,12 @@ from detmix.datasets.shapes import draw_shapes
 from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule
 from detmix.training.records import read_record
+from tests.training.narrow import FEW, narrow
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 DEMO = next(config for config in CONFIGS if config.stem == "demo")
-SMALL = '--model.fpn_channels 32 --model.options {"min_size":64,"max_size":64} --data.batch_size 4 --data.num_workers 0'
+OPTIONS = f'--model.options {{"min_size":64,"max_size":64,{FEW}}}'
+SMALL = f"--model.fpn_channels 32 {OPTIONS} --data.batch_size 4 --data.num_workers 0"
 QUICK = "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.log_every_n_steps 1 --data.mixup.stop 1"
 
 pytestmark = [
@@ -48,6 +50,12 @@ def read_log(run):
     """The rows of the metrics of a run."""
     with (run / "metrics.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def of_narrow_layers():
+    with narrow():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +178,7 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--model.options.max_sizee 64", "options must be arguments of FasterRCNN, .* did you mean max_size"),
         ("--model.options.num_classes 3", "options must not hold num_classes"),
         ("--data.batch_size 0", "batch_size must be at least 1, but it is 0"),
-        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but is 9"),
+        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but it is 9"),
         ("--data.num_workers -1", "num_workers must be at least 0, but it is -1"),
     ],
 )
@@ -190,7 +198,8 @@ def test_every_config_is_read_and_names_a_detector_that_can_be_built(config, mon
     model, data = settings["model"], settings["data"]
     names = ("detector", "backbone", "fpn_channels", "options")
     built = {name: model[name] for name in names if name != "detector"}
-    build_detector(model["detector"], 4, **built)
+    with torch.device("meta"):  # which has no values to initialise
+        build_detector(model["detector"], 4, **built)
     assert data["mixup"]["class_path"] == "detmix.MixUp"
     assert 0.6 < data["mixup"]["init_args"]["stop"] / settings["trainer"]["max_epochs"] < 1
 
@@ -220,7 +229,7 @@ def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):
     with PIL.Image.open(output) as picture:
         assert picture.mode == "RGB"
     said = failure(monkeypatch, capsys, f"--config {DEMO} --data.root {shapes} --num_images 9", "preview.py")
-    assert "batch_size must be at most the 8 training images, but is 9" in said
+    assert "batch_size must be at most the 8 training images, but it is 9" in said
 
 
 PLAIN = "--data.augment []"
@@ -334,8 +343,10 @@ def fit(monkeypatch, root, run_dir, options):
 @pytest.mark.parametrize(
     ("names", "summary"),
     [
-        (["train_00001"], "1 image was skipped, as it could not be read: 2 of train\n"),
-        (["train_00001", "val_00001"], "2 images were skipped, as they could not be read: 2 of train, 2 of val\n"),
+        pytest.param(
+            ["train_00001"], "1 image was skipped, because it could not be read: 2 of train\n", marks=pytest.mark.slow
+        ),
+        (["train_00001", "val_00001"], "2 images were skipped, because they could not be read: 2 of train, 2 of val\n"),
     ],
 )
 def test_a_run_goes_on_without_unreadable_images_and_names_each_once(
@@ -362,7 +373,8 @@ def test_batches_without_a_readable_image_do_not_end_a_run(monkeypatch, tmp_path
     assert len([warning for warning in said if "is skipped" in str(warning.message)]) == 3
     assert cli.trainer.global_step == 4
     assert (
-        "3 images were skipped, as they could not be read: 1 of train, 2 of train, 1 of val" in capsys.readouterr().out
+        "3 images were skipped, because they could not be read: 1 of train, 2 of train, 1 of val"
+        in capsys.readouterr().out
     )
 
 
@@ -396,7 +408,7 @@ def test_a_preview_of_nothing_that_can_be_read_is_one_line(monkeypatch, tmp_path
     line = f"--config {DEMO} --data.root {root} --num_images 1 --data.unreadable skip --output {tmp_path / 'p.png'}"
     with pytest.warns(UserWarning, match="image 1 is skipped"):
         said = failure(monkeypatch, capsys, line, "preview.py")
-    assert said == "num_images of 1 drew images none of which can be read."
+    assert said == "none of the 1 images of the batch can be read."
     assert not (tmp_path / "p.png").exists()
 
 

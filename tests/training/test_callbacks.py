@@ -190,7 +190,7 @@ def test_a_mistake_in_a_record_is_named(mistake, message, sample, tmp_path):
     [
         (b"[{", "mixed.json is not valid json: Expecting"),
         (b"\xff", "mixed.json is not valid json: 'utf-8' codec"),
-        (b"{}", "mixed.json must hold the record of a mixed batch, a list of one object a sample"),
+        (b"{}", "mixed.json must hold the record of a mixed batch, a list of one object per sample"),
         (b"[]", "must hold the record"),
         (b"[1]", "must hold the record"),
         (

@@ -1,4 +1,4 @@
-"""Read a COCO-format folder as (image, target) with torchvision's keys, every annotation checked at construction."""
+"""Read a folder in COCO format as (image, target) with torchvision's keys, and check every annotation."""
 
 import operator
 import os
@@ -20,7 +20,7 @@ from detmix.datasets.coco.table import CocoTable, Images, Record
 
 
 class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
-    """A folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
+    """Read a folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
 
     The image is a ``tv_tensors.Image``, uint8 ``(3, H, W)``, RGB. The target's keys, for N objects:
 
@@ -29,39 +29,40 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
     - ``masks``: ``tv_tensors.Mask``, uint8 ``(N, H, W)``, and ``keypoints``: float32 ``(N, K, 3)``, where annotated;
     - ``area``: float32 ``(N,)``, square pixels; ``iscrowd``: int64 ``(N,)``; ``image_id``: int, the COCO id.
 
-    Images come in the order of their ids; those without objects stay in, with N = 0. Whatever is wrong with the file
-    shows at construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) or
-    wholly outside their image are left out, and boxes that reach out of it by more than a pixel are clipped, with one
-    warning for all; less than a pixel is clipped silently. File names cannot lead out of the folder of images; symbolic
-    links in it are followed, as whoever made the folder made them. ``tools/check_dataset.py`` lists all mistakes.
+    Images are in the order of their ids. Images without objects are kept, with N = 0. Mistakes in the json raise at
+    construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) and boxes
+    wholly outside their image are left out. Boxes that reach out of their image are clipped. One warning lists the
+    boxes that are left out or clipped by more than a pixel. File names must stay inside the image folder; symbolic
+    links in it are followed. ``tools/check_dataset.py`` lists all mistakes at once.
 
     Args:
-        root: the folder.
-        annotations: the json file, relative to ``root``.
-        images: the folder that the json's file names start from, relative to ``root``.
-        transforms: called last, as ``transforms(image, target)``; what it returns is the sample.
-        crowd: keep annotations with ``iscrowd=1``. COCO's evaluation needs them, to ignore detections there; training
-            is better off without.
-        masks: True requires a mask of every kept annotation, False never gives any; None gives them when every kept
-            annotation has one (and there is an annotation).
-        keypoints: the same for keypoints.
-        check_files: see that every image is there and has the json's size. Reads headers only.
-        unreadable: what to do about an image that is missing, cannot be decoded or has another size than the json says.
-            ``"raise"`` stops. ``"skip"`` warns at construction of those that are seen there, and in place of the sample
-            ``dataset[i]`` is ``(None, {"image_id": id, "error": message})``, untransformed: plain data that crosses
-            worker processes, for ``collate_fn`` to leave out and count.
+        root: Dataset folder.
+        annotations: The json file, relative to ``root``.
+        images: Image folder, from which the json's file names start, relative to ``root``.
+        transforms: Called last, as ``transforms(image, target)``; what it returns is the sample.
+        crowd: Whether to keep annotations with ``iscrowd=1``. COCO's evaluation needs them, to ignore detections there;
+            training works better without.
+        masks: True requires a mask of every kept annotation. False ignores masks. None reads masks if every kept
+            annotation has one, and if there is an annotation.
+        keypoints: The same for keypoints.
+        check_files: Whether to check that every image exists and has the size that the json says. Only headers are
+            read.
+        unreadable: What to do with an image that is missing, cannot be decoded or has another size than the json says.
+            ``"raise"`` raises. ``"skip"`` warns at construction if ``check_files`` finds it, and ``dataset[i]`` is
+            ``(None, {"image_id": id, "error": message})``, not transformed, which a ``collate_fn`` can leave out.
 
     Attributes:
-        image_ids: the COCO ids of the images, int64 ``(len(dataset),)``, ascending, read-only.
-        file_names: the images' file names, relative to ``images_folder``.
-        sizes: height and width of each image, int64 ``(len(dataset), 2)``, read-only.
+        image_ids: COCO ids of the images, int64 ``(len(dataset),)``, ascending, read-only.
+        file_names: File names of the images, relative to ``images_folder``.
+        sizes: Height and width of each image, int64 ``(len(dataset), 2)``, read-only.
         category_ids: ``category_ids[label - 1]`` is the COCO category id.
-        class_names: ``class_names[label - 1]`` is the category's name; the background has none.
+        class_names: ``class_names[label - 1]`` is the name of the category; the background has no name.
         num_classes: ``len(class_names) + 1``, because torchvision's detectors count the background.
 
     Raises:
-        FileNotFoundError: the folder, the json or an image is missing.
-        ValueError: the json is not COCO, contradicts itself or an image. The message names file, record and value.
+        FileNotFoundError: if the folder, the json or an image is missing.
+        ValueError: if the json is not COCO's, or contradicts itself or an image. The message names the file, the record
+            and the value.
 
     Example:
         >>> import tempfile
@@ -112,7 +113,7 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes with the background, as torchvision's detectors count."""
+        """Return the number of classes with the background, as torchvision's detectors count."""
         return len(self.class_names) + 1
 
     def __len__(self) -> int:
@@ -131,7 +132,7 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
                 raise
             return None, {"image_id": int(self.image_ids[index]), "error": str(error)}
         objects = slice(*self._first[index : index + 2].tolist())
-        boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies: what a transform changes stays its own
+        boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies, so a transform cannot change the dataset
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.tensor(self._labels[objects]),
@@ -151,14 +152,14 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         """Read an image without its target.
 
         Args:
-            index: 0 to ``len(dataset) - 1``.
+            index: Index of the image, from 0 to ``len(dataset) - 1``.
 
         Returns:
             The image, uint8 ``(3, H, W)``, RGB, untransformed.
 
         Raises:
-            OSError: the file is missing or cannot be decoded.
-            ValueError: it has another size than the json says.
+            OSError: if the file is missing or cannot be decoded.
+            ValueError: if the image has another size than the json says.
         """
         path, size = self.images_folder / self.file_names[index], tuple(self.sizes[index].tolist())
         pixels = read_rgb(path)
@@ -172,13 +173,16 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         """Turn one image's prediction into COCO result records: original category ids, boxes as x, y, width, height.
 
         Args:
-            image_id: the COCO id, ``target["image_id"]``.
-            prediction: what a torchvision detector returns, on any device: ``boxes`` ``(N, 4)`` XYXY, ``labels`` and
-                ``scores`` ``(N,)``; if given, ``masks`` ``(N, 1, H, W)`` or ``(N, H, W)``, set where above 0.5, become
-                compressed RLE and ``keypoints`` ``(N, K, 3)`` flat lists.
+            image_id: COCO id of the image, ``target["image_id"]``.
+            prediction: What a torchvision detector returns, on any device: ``boxes`` ``(N, 4)`` XYXY, ``labels`` and
+                ``scores`` ``(N,)``. Optional ``masks`` ``(N, 1, H, W)`` or ``(N, H, W)`` are thresholded at 0.5 and
+                become compressed RLE. Optional ``keypoints`` ``(N, K, 3)`` become flat lists.
 
         Returns:
             N records that ``json.dumps`` and ``pycocotools.coco.COCO.loadRes`` take.
+
+        Raises:
+            ValueError: if the image id or a label is unknown, or a tensor is missing.
         """
         if int(image_id) not in self.image_ids:
             raise ValueError(f"image_id {image_id} is not one of the {len(self)} images of {self.annotations_file}.")
@@ -206,7 +210,7 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         return results
 
     def _check_files(self, images: Images) -> str | None:
-        """Refuse the first file that cannot be read, or remark on all of them where they are skipped."""
+        """Raise for the first file that cannot be read; return a message on all of them if they are skipped."""
         found = []
         for defect in find_defective_files(self.annotations_file, self.images_folder, images):
             if not self._skip:
@@ -221,10 +225,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
 
 
 def find_files(root: Path, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The annotations' file and the images' folder, both there.
+    """Return the json file and the image folder.
 
     Raises:
-        FileNotFoundError: one of the three is not.
+        FileNotFoundError: if ``root``, the file or the folder is missing.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root {root} is not a folder.")

@@ -1,4 +1,4 @@
-"""The objects of a COCO json, checked: boxes inside their images, labels, areas, keypoints and masks by image."""
+"""Read and check the objects of a COCO json by image: boxes, labels, areas, keypoints and masks."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -12,16 +12,16 @@ from detmix.datasets.coco.table import Categories, CocoTable, Images
 from detmix.datasets.coco.values import Floats, Ints, are_numbers
 
 THINNEST = 0.01
-"""Pixels; of what is thinner, float32 leaves nothing after a detector has resized it, which torchvision refuses."""
+"""Smallest side of a box in pixels. float32 can lose a thinner box in a resize, and torchvision refuses it then."""
 
 Bools = npt.NDArray[np.bool_]
 
 
 class Objects(NamedTuple):
-    """The annotations by image, and those of one image in the order of the file."""
+    """Hold the annotations by image; those of one image are in the order of the file."""
 
     first: Ints
-    """Image i has the objects ``first[i]`` to ``first[i + 1]``."""
+    """Image i has the objects from ``first[i]`` to before ``first[i + 1]``."""
     boxes: npt.NDArray[np.float32]
     """XYXY inside the image, ``(objects, 4)``."""
     labels: Ints
@@ -30,7 +30,7 @@ class Objects(NamedTuple):
     keypoints: npt.NDArray[np.float32] | None
     masks: Masks | None
     remark: str | None
-    """Which boxes were left out and which clipped."""
+    """A message on the boxes that were left out or clipped."""
 
 
 def read_objects(
@@ -42,7 +42,7 @@ def read_objects(
     masks: bool | None,
     keypoints: bool | None,
 ) -> Objects:
-    """The annotations of these images and categories, checked; the options are those of `CocoFolder`."""
+    """Read and check the annotations of images and categories; the options are those of `CocoFolder`."""
     table.by_id("annotations")
     image = table.lookup("image_id", "images", images.ids)
     category = table.lookup("category_id", "categories", categories.ids)
@@ -66,7 +66,7 @@ def read_objects(
 
 
 def _read_iscrowd(table: CocoTable) -> Ints:
-    """0 or 1 for each annotation; 0 where the file says nothing."""
+    """Return 0 or 1 for each annotation; 0 if the file does not say."""
     values = [record.get("iscrowd") or 0 for record in table.records["annotations"]]
     for row, value in enumerate(values):
         if value not in (0, 1):
@@ -78,7 +78,7 @@ def _read_iscrowd(table: CocoTable) -> Ints:
 def _clip(
     table: CocoTable, rows: Ints, xywh: Floats, image: Ints, images: Images
 ) -> tuple[npt.NDArray[np.float32], Bools, str | None]:
-    """The boxes as XYXY inside their images, which of them are sound, and a remark on those that are not."""
+    """Return the boxes as XYXY inside their images, which of them are kept, and a message on what changed."""
     limits = np.tile(images.sizes[image][:, ::-1], 2)  # (annotations, 4): width, height, width, height
     corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
     inside = np.clip(corners, 0, limits)
@@ -107,7 +107,7 @@ def _clip(
 
 
 def _read_area(table: CocoTable, rows: Ints, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The area of each of these annotations; that of its box where the file says nothing."""
+    """Return the area of each annotation; the area of its box if the file does not say."""
     area: npt.NDArray[np.float32] = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     given = [table.records["annotations"][row].get("area") for row in rows.tolist()]
     for n, value in enumerate(given):
@@ -123,7 +123,7 @@ def _read_area(table: CocoTable, rows: Ints, boxes: npt.NDArray[np.float32]) -> 
 def _read_keypoints(
     table: CocoTable, rows: Ints, category: Ints, categories: Categories, required: bool
 ) -> npt.NDArray[np.float32] | None:
-    """Triplets x, y, v ``(len(rows), K, 3)``, or None where not every annotation has them."""
+    """Return triplets x, y, v ``(len(rows), K, 3)``, or None if not every annotation has them."""
     has, complete = _having(table, "keypoints", rows, required)
     if has is None:
         return None
@@ -138,7 +138,7 @@ def _read_keypoints(
         table.reject("unused keypoints", "annotations", rows, f"{differ}.")
         return None
     lists = [table.records["annotations"][row]["keypoints"] for row in rows.tolist()]
-    if not counts and lists:  # no category names its keypoints: what most annotations have is the number
+    if not counts and lists:  # no category names its keypoints: take the number that most annotations have
         ((length, _),) = Counter(len(points) if isinstance(points, list) else 0 for points in lists).most_common(1)
         counts = {max(length // 3, 1)}
     count = max(counts, default=0)
@@ -149,7 +149,7 @@ def _read_keypoints(
 
 
 def _read_masks(table: CocoTable, rows: Ints, sizes: Ints, required: bool) -> Masks | None:
-    """Every segmentation, checked, or None where not every annotation has one."""
+    """Return every segmentation, checked, or None if not every annotation has one."""
     has, complete = _having(table, "segmentation", rows, required)
     if has is None:
         return None
@@ -172,7 +172,7 @@ def _read_masks(table: CocoTable, rows: Ints, sizes: Ints, required: bool) -> Ma
 
 
 def _having(table: CocoTable, key: str, rows: Ints, required: bool) -> tuple[Bools | None, bool]:
-    """Which of the annotations have a ``key``, None if nothing is to be read; and whether that is in use."""
+    """Return which annotations have a ``key``, None if it is not to be read; and whether training uses it."""
     records = table.records["annotations"]
     has = np.array([bool(records[row].get(key)) for row in rows.tolist()], dtype=bool)
     lacking = rows[~has]

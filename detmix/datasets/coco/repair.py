@@ -1,4 +1,4 @@
-"""Write a cleaned copy of checked COCO-format sets: what training would refuse or lose is cured or left out."""
+"""Write a clean copy of a checked dataset: what training would refuse or lose is cured or left out."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from detmix.datasets.coco.defects import KINDS, Defect
 from detmix.datasets.coco.table import SECTIONS, CocoTable, Record
 
 LIST = "removed.json"
-"""Beside the copy: every record that was removed or changed, as it was."""
+"""The file in the copy that lists every record that was removed or changed, as it was before."""
 
 
 class _Context(NamedTuple):
@@ -51,13 +51,13 @@ CURES: dict[str, Callable[[Record, _Context], None]] = {
     "keypoint counts": _delete("keypoints"),
     "unused keypoints": _delete("keypoints"),
     "unused segmentation": _delete("segmentation"),
-    "turned": lambda record, _: None,  # its file is
+    "turned": lambda record, _: None,  # its file is changed
 }
-"""What changes a record of the json in place, for each kind of defect with a cure."""
+"""For each kind of defect with a cure, a function that changes a record of the json in place."""
 
 
 def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """Write a copy of ``root`` that training takes as it is: the checked annotations and their images.
+    """Write a copy of ``root`` without defects: the checked annotations and their images.
 
     Images and annotations with errors are left out, except those with a cure (`detmix.datasets.coco.defects.KINDS`).
     The annotations of an image or category that is left out are left out too. Image files are hard links where the
@@ -65,16 +65,16 @@ def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str 
     changed, as it was before.
 
     Args:
-        checks: of `check_folder`, each of another annotations file of ``root``.
-        root: the folder that was checked; nothing in it is changed.
-        out: the folder to write, new or empty and outside ``root``.
+        checks: Results of `check_folder`, each of another annotations file of ``root``.
+        root: Folder that was checked; it is not changed.
+        out: Folder to write, new or empty and outside ``root``.
 
     Returns:
-        The list, ``out/removed.json``.
+        The path of the list, ``out/removed.json``.
 
     Raises:
-        FileExistsError: ``out`` is a file or holds something.
-        ValueError: ``out`` is inside ``root``, or two annotations files would have one name.
+        FileExistsError: if ``out`` is a file or a folder that is not empty.
+        ValueError: if ``out`` is inside ``root``, or two annotations files would have the same name.
 
     Example:
         >>> import tempfile
@@ -90,12 +90,13 @@ def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str 
     refuse_target(root, out)
     files = [_inside(check.annotations_file, root, "annotations") for check in checks]
     if len(set(files)) < len(files):
-        raise ValueError(f"of the annotations files {', '.join(map(str, sorted(files)))} two have the same name.")
+        names = ", ".join(map(str, sorted(files)))
+        raise ValueError(f"annotations files must have different names in the copy, but they are {names}.")
     contents, lists = {}, {}
     for file, check in zip(files, checks, strict=True):
         contents[file], lists[file.as_posix()] = clean_content(check)
         _write_images(check, contents[file]["images"], out / _inside(check.images_folder, root, "."))
-    for file, content in contents.items():  # after the images, so a copy that was interrupted cannot be trained on
+    for file, content in contents.items():  # after the images, so an interrupted copy cannot be trained on
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text(json.dumps(content), encoding="utf-8")
     (out / LIST).write_text(json.dumps(lists), encoding="utf-8")
@@ -103,17 +104,17 @@ def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str 
 
 
 def refuse_target(root: Path, out: Path) -> None:
-    """Raise, as `write_clean` says, where it would not write."""
+    """Raise the errors of `write_clean` if ``out`` is not a folder that it can write."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already, expected a new or an empty folder.")
+        raise FileExistsError(f"{out} exists already, expected a new or an empty folder.")
     if out.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{out} is inside {root}, which is not to be changed; expected a folder outside.")
+        raise ValueError(f"{out} is inside {root}, expected a folder outside of it.")
 
 
 def clean_content(check: Check) -> tuple[Record, list[Record]]:
-    """The json without its defects, and what was removed or changed: table, id, what was done, why, and the record."""
+    """Return the json without its defects, and a list of what was removed or changed, and why."""
     table, lost, defects, done = check.table, check.lost, check.defects, []
-    for _ in range(9):  # what is left out may show more: if all others have masks, those are in use
+    for _ in range(9):  # removing one may show others: masks are used once all annotations left have them
         content, changes = _pass(table, lost, defects)
         done += changes
         if not changes:
@@ -122,13 +123,13 @@ def clean_content(check: Check) -> tuple[Record, list[Record]]:
         table = CocoTable(check.annotations_file, found.append, content)
         check_records(table, check.options)
         lost, defects = table.lost, found
-    raise AssertionError(f"{[defect.message for defect in defects]} has no cure")  # a mistake of ours
+    raise AssertionError(f"{[defect.message for defect in defects]} has no cure")  # a bug of ours
 
 
 def _pass(
     table: CocoTable, lost: dict[str, npt.NDArray[np.bool_]], defects: Iterable[Defect]
 ) -> tuple[Record, list[Record]]:
-    """Remove and cure what is known to be wrong."""
+    """Remove and cure the records of known defects once."""
     found: dict[tuple[str, int], list[str]] = defaultdict(list)
     for defect in defects:
         for row in defect.rows:
@@ -160,7 +161,7 @@ def _pass(
 
 
 def _inside(path: Path, root: Path, other: str) -> Path:
-    """A path below ``root`` as it is relative to it, another one by its name."""
+    """Return a path below ``root`` relative to it, and any other path by its name."""
     if path.is_relative_to(root) and ".." not in (relative := path.relative_to(root)).parts:
         return relative
     return Path(other, path.name or "images")
@@ -184,7 +185,7 @@ def _write_images(check: Check, images: Iterable[Record], folder: Path) -> None:
 
 
 def _turn(source: Path, target: Path) -> None:
-    """Store an image as its EXIF orientation means it."""
+    """Store an image turned as its EXIF orientation says."""
     with PIL.Image.open(source) as image:
         format = "JPEG" if image.format == "MPO" else image.format
         upright = PIL.ImageOps.exif_transpose(image)

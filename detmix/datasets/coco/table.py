@@ -1,4 +1,4 @@
-"""One COCO json file as checked columns: a mistake in it is a defect that names file, record and value."""
+"""Read one COCO json as checked columns; each mistake is a defect that names file, record and value."""
 
 import gc
 import json
@@ -19,7 +19,7 @@ _MISSING = object()
 
 
 class Categories(NamedTuple):
-    """The categories in the order of their ids."""
+    """Hold the categories in the order of their ids."""
 
     rows: Ints
     """Where each stands in the file."""
@@ -28,7 +28,7 @@ class Categories(NamedTuple):
 
 
 class Images(NamedTuple):
-    """The images in the order of their ids."""
+    """Hold the images in the order of their ids."""
 
     rows: Ints
     """Where each stands in the file."""
@@ -39,17 +39,21 @@ class Images(NamedTuple):
 
 
 class CocoTable:
-    """The parsed json, column by column; it lives during construction only.
+    """Read a json column by column; it is only kept while a dataset is constructed or checked.
 
     Args:
-        file: the json.
-        report: is called with each defect. If it returns, as the checker's does, reading goes on: the records are
-            marked in ``lost`` and left out of whatever they would spoil, so the next defects are found as well.
-        content: what was read from it, if it has been.
+        file: The json file.
+        report: Called with each defect. If it returns, as the checker's does, the records are marked in ``lost`` and
+            ignored from then on, so that the next defects are found too.
+        content: Content of the file, if it was read before.
+
+    Attributes:
+        records: The records of each section, which is one of `SECTIONS`.
+        lost: Which records of each section have a defect without a cure.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no json of COCO's three lists, whatever ``report`` does; and as `report` raises.
+        OSError: if the file cannot be read.
+        ValueError: if the file is no json with COCO's three lists; and what ``report`` raises.
     """
 
     def __init__(self, file: Path, report: Report = refuse, content: Record | None = None) -> None:
@@ -71,14 +75,14 @@ class CocoTable:
                     self.reject("record", section, number, f"{section}[{number}] is {short(record)}, expected a dict.")
 
     def categories(self) -> Categories:
-        """The categories, checked."""
+        """Return the categories, checked."""
         rows, ids = self.by_id("categories")
         names = self._column("categories", "name")
         rows, ids = self._without_lost("categories", rows, ids)
         return Categories(rows, ids, tuple(str(names[row]) for row in rows))
 
     def images(self) -> Images:
-        """The images, checked but for their files."""
+        """Return the images, checked without their files."""
         rows, ids = self.by_id("images")
         names = self._names()
         sizes = np.stack([self._integers("images", key)[0] for key in ("height", "width")], 1)
@@ -95,7 +99,7 @@ class CocoTable:
         return Images(rows, ids, [names[row] for row in rows], sizes[rows])
 
     def by_id(self, section: str) -> tuple[Ints, Ints]:
-        """The rows in the order of their ids, and the sorted ids."""
+        """Return the rows of a section in the order of their ids, and the sorted ids."""
         ids, read = self._integers(section, "id")
         rows = np.flatnonzero(read)
         rows = rows[np.argsort(ids[rows], kind="stable")]
@@ -108,7 +112,7 @@ class CocoTable:
         return self._without_lost(section, rows, ids[rows])
 
     def _column(self, section: str, key: str) -> list[Any]:
-        """One value of every record."""
+        """Return one value of every record."""
         try:
             return [record[key] for record in self.records[section]]
         except KeyError:
@@ -119,7 +123,7 @@ class CocoTable:
             return [record.get(key, _MISSING) for record in self.records[section]]
 
     def _integers(self, section: str, key: str) -> tuple[Ints, npt.NDArray[np.bool_]]:
-        """A column that must hold integers, and which of them do."""
+        """Return a column that must hold integers, and which records do."""
         values = self._column(section, key)
         read = np.ones(len(values), dtype=bool)
         if not set(map(type, values)) <= {int} or (values and max(map(abs, values)) >= 2**63):
@@ -133,7 +137,7 @@ class CocoTable:
         return np.array(values, dtype=np.int64), read
 
     def _names(self) -> list[str]:
-        """The images' file names, none of which leads out of their folder."""
+        """Return the images' file names; a name that leads out of the folder is a defect."""
         names = self._column("images", "file_name")
         if not are_plain(names):
             for number, name in enumerate(names):
@@ -143,9 +147,9 @@ class CocoTable:
         return names
 
     def lookup(self, key: str, section: str, known: Ints) -> Ints:
-        """Where each annotation's ``key`` stands in the sorted ids ``known``; -1 for none.
+        """Return the position of each annotation's ``key`` in the sorted ids ``known``; -1 if it is not there.
 
-        Records that are lost are known still, so the checker counts what hangs on them, but not as their own mistake.
+        The annotations of a lost record are lost with it, but this is not reported as a mistake of their own.
         """
         values, read = self._integers("annotations", key)
         found = read & np.isin(values, known)
@@ -168,9 +172,9 @@ class CocoTable:
     def numbers(
         self, key: str, rows: Ints, length: int, expected: str, kind: str, infinite: str
     ) -> tuple[Floats, npt.NDArray[np.bool_]]:
-        """Lists of ``length`` numbers, ``(len(rows), length)``, and which of them are.
+        """Return lists of ``length`` numbers, ``(len(rows), length)``, and which rows have such a list.
 
-        Others are of this ``kind`` of defect, and of the kind ``infinite`` if they are too large or NaN only.
+        Other values are defects of ``kind``, or of the kind ``infinite`` if only NaN or huge numbers are wrong.
         """
         values = [self.records["annotations"][row].get(key) for row in rows.tolist()]
         read = np.ones(len(rows), dtype=bool)
@@ -186,9 +190,9 @@ class CocoTable:
         return np.array(values, dtype=np.float64).reshape(len(rows), length), read
 
     def _sort_repeated(self, section: str, rows: Ints, again: npt.NDArray[np.bool_]) -> dict[str, list[int]]:
-        """The rows, sorted by id, whose id occurs ``again``, by kind of defect.
+        """Return rows whose id occurs ``again`` by kind of defect; ``rows`` are sorted by id.
 
-        An image or category that is described in two ways has no right one: nobody can tell which an annotation means.
+        If two images or categories with one id differ, both are wrong: nobody knows which an annotation means.
         """
         records, found = self.records[section], defaultdict(set)
         first = 0
@@ -208,11 +212,11 @@ class CocoTable:
         return rows[there], ids[there]
 
     def id_of(self, section: str, row: int | np.int64) -> Any:
-        """The id of a record, whatever it is; None for none."""
+        """Return the id of a record, of any type; None if it has no id."""
         return self.records[section][row].get("id")
 
     def reject(self, kind: str, section: str, rows: Any, message: str) -> None:
-        """Report a defect of one row or several."""
+        """Report a defect of one row or of several."""
         rows = np.atleast_1d(rows).tolist()
         defect = Defect(
             kind, section, tuple(rows), tuple(self.id_of(section, row) for row in rows), f"{self.file}: {message}"
@@ -234,7 +238,7 @@ class CocoTable:
 
 def _parse(file: Path) -> Record:
     collecting = gc.isenabled()
-    gc.disable()  # it would walk over json's millions of objects again and again: a quarter of the time
+    gc.disable()  # collections would walk over json's millions of objects: a quarter of the time
     try:
         text = file.read_text(encoding="utf-8-sig")
         content = json.loads(text)
@@ -257,7 +261,7 @@ def _parse(file: Path) -> Record:
 
 
 def _top_keys(text: str) -> list[str]:
-    """The keys of the outermost dict with their repetitions, which takes its time."""
+    """Return the keys of the outermost dict with their repetitions; it parses the json again."""
     keys: list[str] = []
 
     def keep(pairs: list[tuple[str, Any]]) -> None:

@@ -262,7 +262,7 @@ def test_nothing_is_written_over(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     before = tree(tmp_path)
-    for out, message in (("full", "is there already"), ("full/file", "is there already"), ("set/in", "is inside")):
+    for out, message in (("full", "exists already"), ("full/file", "exists already"), ("set/in", "is inside")):
         with pytest.raises((ValueError, OSError), match=message):
             write_clean(checks, root, tmp_path / out)
     assert tree(tmp_path) == before
@@ -275,7 +275,7 @@ def test_several_annotations_files_share_their_images(tmp_path):
     listed = write_clean(checks, root, tmp_path / "clean")
     assert [*json.loads(listed.read_text())] == [FILE, "annotations/instances_val.json"]
     assert tree(tmp_path / "clean").keys() == tree(root).keys() | {"removed.json"}
-    with pytest.raises(ValueError, match="two have the same name"):
+    with pytest.raises(ValueError, match="must have different names in the copy"):
         write_clean([checks[0], checks[0]], root, tmp_path / "other")
 
 

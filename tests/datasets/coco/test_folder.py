@@ -800,7 +800,7 @@ def test_a_pickled_dataset_gives_the_same_samples(content, write):
 
 def test_spawned_workers_give_the_same_samples(content, write):
     dataset = CocoFolder(write(content))
-    loaded = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="spawn"))
+    loaded = list(torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=1, multiprocessing_context="spawn"))
     assert [target["image_id"] for _, target in loaded] == [10, 30, 40, 50]
     for (image, target), (other_image, other) in zip(dataset, loaded, strict=True):
         assert torch.equal(image, other_image)
