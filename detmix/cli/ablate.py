@@ -38,7 +38,9 @@ def make_parser(prog: str | None = None) -> Parser:
     run = commands.add_parser("run", help="train what is missing in the results")
     report = commands.add_parser("report", help="write a report of the results: Markdown and a picture")
     for command in (run, report):
-        command.add_argument("grid", type=Path, help="YAML of arms, sets and blocks, such as configs/ablation/cards.yaml")
+        command.add_argument(
+            "grid", type=Path, help="YAML of arms, sets and blocks, such as configs/ablation/cards.yaml"
+        )
         command.add_argument("--results", type=Path, metavar="FILE", help="CSV of the results (results/GRID.csv)")
     run.add_argument(
         "--root", action="append", default=[], metavar="NAME=FOLDER", help="folder of a dataset that the grid names"
@@ -57,7 +59,9 @@ def make_parser(prog: str | None = None) -> Parser:
         default=True,
         help="continue with what is missing; --no-resume refuses results that are there",
     )
-    report.add_argument("--output", type=Path, metavar="FOLDER", help="folder of report.md and its picture (beside FILE)")
+    report.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="folder of report.md and its picture (beside FILE)"
+    )
     return parser
 
 
@@ -181,7 +185,7 @@ class Scheduler:
             "versions": f"python={platform.python_version()} {versions}",
         }
         self.results.add(run, figures)
-        _say(f"{_name(run)}: AP {figures['AP']:.3f} after {figures['steps']} steps, {figures['seconds']} s")
+        _say(f"{_name(run)}: AP {figures['AP']} after {figures['steps']} steps, {figures['seconds']} s")
         if not self.args.keep:
             shutil.rmtree(folder)
 
@@ -206,7 +210,7 @@ def _train(order: dict[str, Any]) -> int:
             return 0
         from detmix.cli.train import DetectorCLI
         from detmix.datasets.coco.folder import CocoFolder
-        from detmix.training.ablation import finish_run
+        from detmix.training.evaluate import finish_run
 
         class RunCLI(DetectorCLI):
             def after_fit(self) -> None:

@@ -63,7 +63,7 @@ class Grid:
     options: dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> list[Run]:
-        """List all runs in order, each once. Within a block seeds come first, so that every prefix compares all arms."""
+        """List all runs in order, each once. Within a block the seeds come first: every prefix compares all arms."""
         found = [
             Run(name, arm, seed)
             for block in self.blocks
@@ -104,7 +104,9 @@ def read_grid(file: str | Path) -> Grid:
         _check_keys(block, _KEYS["block"], _KEYS["block"], f"block {i} of {file}")
         for key, known in (("arms", content["arms"]), ("sets", content["sets"])):
             if unknown := [name for name in block[key] if name not in known]:
-                raise ValueError(f"{key} of block {i} of {file} must be of {', '.join(known)}, but hold {unknown[0]!r}.")
+                raise ValueError(
+                    f"{key} of block {i} of {file} must be of {', '.join(known)}, but hold {unknown[0]!r}."
+                )
     if content["baseline"] not in content["arms"]:
         raise ValueError(
             f"baseline of {file} must be one of {', '.join(content['arms'])}, but it is {content['baseline']!r}."
@@ -143,7 +145,9 @@ class Results:
             with self.file.open(newline="") as handle:
                 reader = csv.DictReader(handle)
                 if tuple(reader.fieldnames or ()) != FIELDS:
-                    raise ValueError(f"{self.file} must have the columns {', '.join(FIELDS)}, but has {reader.fieldnames}.")
+                    raise ValueError(
+                        f"{self.file} must have the columns {', '.join(FIELDS)}, but has {reader.fieldnames}."
+                    )
                 for row in reader:
                     self.rows[Run(row["set"], row["arm"], int(row["seed"]))] = row
 

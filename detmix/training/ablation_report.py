@@ -100,7 +100,7 @@ def write_report(grid: Grid, results: Results, output: Path) -> Path:
     picture = output / f"{name}.png"
     parts = [
         f"# Ablation: {name}",
-        f"{len(rows)} of {len(planned)} runs have ended. Each figure is that of the last checkpoint, never of the best. "
+        f"{len(rows)} of {len(planned)} runs have ended. Figures are those of the last checkpoint, not of the best. "
         f"Arms of one seed start from the same weights and see the same images and augmentations in the same order. "
         f"Brackets hold 95 % intervals over seeds.",
     ]
@@ -197,7 +197,10 @@ def _draw(grid: Grid, rows: Mapping[Run, Mapping[str, str]], path: Path) -> None
 
 
 def _stack(curves: Iterable[str]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the steps that all curves share and the values at them, ``(curves, steps)``."""
-    found = [dict((int(step), float(value)) for step, value in (p.split(":") for p in curve.split())) for curve in curves]
+    """Return the steps that all curves share, and the values at them, ``(curves, steps)``."""
+    found = []
+    for curve in curves:
+        points = [point.split(":") for point in curve.split()]
+        found.append({int(step): float(value) for step, value in points})
     shared = sorted(set.intersection(*map(set, found))) if found else []
     return np.array(shared), np.array([[curve[step] for step in shared] for curve in found])

@@ -1,8 +1,9 @@
 """Build backbones of torchvision and timm under a feature pyramid."""
 
 import logging
+import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ def build_pyramid(
         out_channels: Channels of each map of the pyramid.
         extra: Block of further levels.
         weights: Name of torchvision weights, a tag of timm (``"DEFAULT"`` for its first), or a file of a state dict.
-        trainable_layers: Stages that are trained, counted from the last one. The others are frozen. ``None`` trains all.
+        trainable_layers: Stages that are trained, counted from the last one. The others are frozen. ``None`` trains
+            all.
 
     Returns:
         The pyramid, and the options that a detector needs for it: ``image_mean`` and ``image_std`` of timm's models.
@@ -85,7 +87,7 @@ def build_pyramid(
     body = models.get_model(backbone, weights=None if from_file else weights)
     if from_file:
         body.load_state_dict(fit_state(body.state_dict(), read_state_dict(str(weights)), backbone, str(weights)))
-    stages = [strides_of_resnet.index(stride) + 1 for stride in strides]
+    stages = [int(math.log2(stride)) - 1 for stride in strides]  # 4, 8, 16, 32: layer1 to layer4
     if trainable_layers is not None:
         parts = ["conv1 bn1", "layer1", "layer2", "layer3", "layer4"]
         trained = " ".join(parts[_first_trained(trainable_layers, len(parts)) :]).split()
@@ -94,9 +96,6 @@ def build_pyramid(
     in_channels = [body.inplanes // 2 ** (4 - stage) for stage in stages]
     layers = {f"layer{stage}": str(i) for i, stage in enumerate(stages)}
     return BackboneWithFPN(body, layers, in_channels, out_channels, extra_blocks=extra), {}
-
-
-strides_of_resnet = (4, 8, 16, 32)
 
 
 def _on_timm(
@@ -124,11 +123,12 @@ def _on_timm(
         body = timm.create_model(name, features_only=True, **options)
     except (RuntimeError, AttributeError, TypeError, NotImplementedError) as error:
         raise ValueError(f"backbone {TIMM}{name} cannot be built with features_only: {error}") from error
-    found = body.feature_info.reduction()
+    features: Any = body.feature_info
+    found = features.reduction()
     if missing := [stride for stride in strides if stride not in found]:
         raise ValueError(
-            f"backbone {TIMM}{name} must have maps of strides {', '.join(map(str, strides))}, but its maps have strides "
-            f"{', '.join(map(str, found))}: {', '.join(map(str, missing))} is missing."
+            f"backbone {TIMM}{name} must have maps of strides {', '.join(map(str, strides))}, but {missing[0]} is not "
+            f"among its strides {', '.join(map(str, found))}."
         )
     if trainable is not None:
         _freeze_stages(body, trainable, name)
@@ -143,9 +143,12 @@ def _freeze_stages(body: Any, trainable: int, name: str) -> None:
     named = list(body.named_parameters())
     ends = []
     for module in body.feature_info.module_name():
-        inside = [i for i, (key, _) in enumerate(named) if f".{key}.".replace("_", ".").find(f".{module}.".replace("_", ".")) >= 0]
+        stage = f".{module}.".replace("_", ".")  # timm writes stages.0 as stages_0 where it flattens a model
+        inside = [i for i, (key, _) in enumerate(named) if stage in f".{key}.".replace("_", ".")]
         if not inside:
-            raise ValueError(f"trainable_layers cannot be used with {TIMM}{name}: its stage {module} has no parameters.")
+            raise ValueError(
+                f"trainable_layers cannot be used with {TIMM}{name}: its stage {module} has no parameters."
+            )
         ends.append(inside[-1] + 1)
     first = _first_trained(trainable, 5) - (5 - len(ends))
     for _, parameter in named[: ends[first - 1] if first > 0 else 0]:
@@ -170,7 +173,9 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         FileNotFoundError: If there is no such file.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"weights must be the name of torchvision or timm weights or a file, but {path} is none.")
+        raise FileNotFoundError(
+            f"weights must be the name of torchvision or timm weights or a file, but {path} is none."
+        )
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
 
@@ -196,8 +201,9 @@ def fit_state(own: dict[str, Tensor], state: dict[str, Tensor], model: str, file
     given = [(name, tuple(value.shape)) for name, value in state.items()]
     if dict(shapes) == dict(given):
         return state
+    told = file, model, len(given)
     if own.keys() != state.keys() and [shape for _, shape in shapes] == [shape for _, shape in given]:
-        _log.warning("%s: all %d tensors have other names than in %s, and fit it in order and shape", file, len(given), model)
+        _log.warning("The tensors of %s have other names than those of %s. All %d fit in order and shape.", *told)
         return dict(zip(own, state.values(), strict=True))
     place, mine, theirs = next(
         (i, a, b)
@@ -208,6 +214,3 @@ def fit_state(own: dict[str, Tensor], state: dict[str, Tensor], model: str, file
         f"weights {file} must fit {model}, but tensor {place} is {theirs[0]} {theirs[1]} in the file and {mine[0]} "
         f"{mine[1]} in the model; the file has {len(given)} tensors and the model {len(shapes)}."
     )
-
-
-Extra = Callable[[int], nn.Module]
