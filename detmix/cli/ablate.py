@@ -45,6 +45,9 @@ def make_parser(prog: str | None = None) -> Parser:
     run.add_argument(
         "--root", action="append", default=[], metavar="NAME=FOLDER", help="folder of a dataset that the grid names"
     )
+    run.add_argument(
+        "--weights_backbone", metavar="FILE", help="weights of the backbone, in place of those that the config names"
+    )
     run.add_argument("--work", type=Path, metavar="FOLDER", help="folder of all runs (runs/ablation/GRID)")
     run.add_argument("--workers", type=at_least(1), default=1, help="runs at a time (%(default)s)")
     run.add_argument("--threads", type=at_least(1), default=1, help="threads of each run (%(default)s)")
@@ -105,11 +108,14 @@ class Scheduler:
     """Start runs in order, a few at a time, and write a row for each that ends."""
 
     def __init__(self, grid: Any, results: Path, roots: dict[str, str], work: Path, args: argparse.Namespace) -> None:
-        from detmix.training.ablation import Results, prepare_set
+        from detmix.training.ablation import Results, describe_weights, prepare_set
 
+        if args.weights_backbone and not Path(args.weights_backbone).is_file():
+            raise FileNotFoundError(f"weights_backbone must be a file, but there is no {args.weights_backbone}.")
         self.grid, self.work, self.args = grid, work, args
         self.results = Results(results)
-        self.left = self.results.missing(grid)
+        self.weights = describe_weights(args.weights_backbone or "of the config")
+        self.left = self.results.missing(grid, self.weights)
         self.data = {name: prepare_set(grid, name, roots, work) for name in dict.fromkeys(run.set for run in self.left)}
         self.commit = _commit()
         self.running: dict[subprocess.Popen[bytes], Any] = {}
@@ -153,6 +159,8 @@ class Scheduler:
         folder = self.work / run.folder
         folder.mkdir(parents=True, exist_ok=True)
         options = {**self.data[run.set], **self.grid.options_of(run)}
+        if self.args.weights_backbone:
+            options["model.weights_backbone"] = str(Path(self.args.weights_backbone).absolute())
         order = {
             "folder": str(folder),
             "data": self.data[run.set],
@@ -181,6 +189,7 @@ class Scheduler:
             "arm": run.arm,
             "seed": run.seed,
             "config": self.grid.digest(run),
+            "weights": self.weights,
             "commit": self.commit,
             "versions": f"python={platform.python_version()} {versions}",
         }

@@ -16,11 +16,11 @@ from detmix.training.files import write_json, write_whole
 
 FIELDS = (
     *("set", "arm", "seed", "steps", "AP", "AP50", "AP75", "train_AP", "train_AP50", "test_AP", "test_AP50"),
-    *("curve", "seconds", "config", "commit", "versions"),
+    *("curve", "seconds", "config", "weights", "commit", "versions"),
 )
 """Columns of the CSV. ``curve`` holds ``step:AP`` pairs of the validation, separated by spaces."""
 _KEYS = {
-    "grid": {"config", "options", "baseline", "arms", "sets", "blocks"},
+    "grid": {"config", "options", "clean_share", "baseline", "arms", "sets", "blocks"},
     "set": {"root", "train", "val", "test", "images", "keep", "relabel", "leave_out", "shapes", "options"},
     "block": {"arms", "sets", "seeds"},
 }
@@ -52,6 +52,7 @@ class Grid:
         arms: Options of the training by arm.
         sets: Datasets by name; see `prepare_set`.
         blocks: Lists of arms, sets and seeds, in the order in which they run.
+        clean_share: Share of the epochs, at the end, that trains on unmixed images.
     """
 
     file: Path
@@ -61,6 +62,7 @@ class Grid:
     sets: dict[str, dict[str, Any]]
     blocks: list[dict[str, list[Any]]]
     options: dict[str, Any] = field(default_factory=dict)
+    clean_share: float = 0.0
 
     def runs(self) -> list[Run]:
         """List all runs in order, each once. Within a block the seeds come first: every prefix compares all arms."""
@@ -75,7 +77,17 @@ class Grid:
 
     def options_of(self, run: Run) -> dict[str, Any]:
         """Merge the options of a run: those of the grid, then of its set, then of its arm."""
-        return {**self.options, **self.sets[run.set].get("options", {}), **self.arms[run.arm]}
+        options = {**self.options, **self.sets[run.set].get("options", {}), **self.arms[run.arm]}
+        mixup = options.get("data.mixup")
+        if self.clean_share and mixup is not None:
+            epochs = options.get("trainer.max_epochs")
+            if epochs is None:
+                raise ValueError(
+                    f"clean_share of {self.file} needs trainer.max_epochs among the options of {run.set!r}."
+                )
+            stop = round((1 - self.clean_share) * epochs)
+            options["data.mixup"] = {**mixup, "init_args": {"stop": stop, **mixup.get("init_args", {})}}
+        return options
 
     def digest(self, run: Run) -> str:
         """Return a checksum of all that determines a run but the code and the images."""
@@ -97,7 +109,7 @@ def read_grid(file: str | Path) -> Grid:
     if not file.is_file():
         raise FileNotFoundError(f"grid must be a file, but there is no {file}.")
     content = yaml.safe_load(file.read_text())
-    _check_keys(content, _KEYS["grid"], _KEYS["grid"] - {"options"}, str(file))
+    _check_keys(content, _KEYS["grid"], _KEYS["grid"] - {"options", "clean_share"}, str(file))
     for name, given in content["sets"].items():
         _check_keys(given, _KEYS["set"], set(), f"set {name!r} of {file}")
     for i, block in enumerate(content["blocks"]):
@@ -116,6 +128,13 @@ def read_grid(file: str | Path) -> Grid:
         raise FileNotFoundError(f"config of {file} must be a file, but there is no {config}.")
     arms = {name: options or {} for name, options in content.pop("arms").items()}
     return Grid(file=file, config=config, arms=arms, **content)
+
+
+def describe_weights(weights: str | None) -> str:
+    """Name what a backbone starts from: a file by its name and the start of its SHA-256."""
+    if weights is None or not Path(weights).is_file():
+        return str(weights)
+    return f"{Path(weights).name}:{hashlib.sha256(Path(weights).read_bytes()).hexdigest()[:12]}"
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
@@ -151,11 +170,15 @@ class Results:
                 for row in reader:
                     self.rows[Run(row["set"], row["arm"], int(row["seed"]))] = row
 
-    def missing(self, grid: Grid) -> list[Run]:
+    def missing(self, grid: Grid, weights: str | None = None) -> list[Run]:
         """List the runs of a grid without a row, in order.
 
+        Args:
+            grid: What is to run.
+            weights: What the backbone starts from, as rows record it; ``None`` accepts any.
+
         Raises:
-            ValueError: If a row is of another configuration of its run.
+            ValueError: If a row is of another configuration of its run, or started from other weights.
         """
         left = []
         for run in grid.runs():
@@ -166,6 +189,10 @@ class Results:
                     f"{self.file} has a row of {run.set}, {run.arm}, seed {run.seed} with config "
                     f"{self.rows[run]['config']}, but {grid.file} now means {grid.digest(run)}: move the file away, or "
                     f"delete the rows that are to run anew."
+                )
+            elif weights is not None and self.rows[run]["weights"] != weights:
+                raise ValueError(
+                    f"{self.file} has rows that start from {self.rows[run]['weights']}, but weights_backbone is {weights}."
                 )
         return left
 
