@@ -250,7 +250,8 @@ def _end_with_parent() -> None:
     """End this process when its standard input closes, as it does when the parent is killed."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
+        while os.read(0, 1024):  # not through sys.stdin, whose lock would outlive the main thread
+            pass
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

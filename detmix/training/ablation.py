@@ -15,7 +15,7 @@ import yaml
 from detmix.training.files import write_json, write_whole
 
 FIELDS = (
-    *("set", "arm", "seed", "steps", "AP", "AP50", "AP75", "train_AP", "train_AP50", "test_AP", "test_AP50"),
+    *("set", "arm", "seed", "steps", "AP", "AP50", "train_AP", "train_AP50", "test_AP", "test_AP50"),
     *("curve", "seconds", "config", "weights", "commit", "versions"),
 )
 """Columns of the CSV. ``curve`` holds ``step:AP`` pairs of the validation, separated by spaces."""
@@ -192,7 +192,7 @@ class Results:
                 )
             elif weights is not None and self.rows[run]["weights"] != weights:
                 raise ValueError(
-                    f"{self.file} has rows that start from {self.rows[run]['weights']}, but weights_backbone is {weights}."
+                    f"{self.file} has rows that start from {self.rows[run]['weights']}, but these are {weights}."
                 )
         return left
 
