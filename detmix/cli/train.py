@@ -31,6 +31,12 @@ NOISE = (
 """Patterns of warnings that a user can do nothing about."""
 
 
+DESCRIPTIONS: dict[str, Any] = {
+    "fit": {"description": "Train a detector. Any option can also be set in a config: --config configs/demo.yaml."},
+    "validate": {"description": "Compute the COCO AP of a checkpoint, which --ckpt_path names."},
+}
+
+
 class DetectorCLI(LightningCLI):
     """Run ``fit`` or ``validate``; every argument of module, data, trainer and callbacks is an option."""
 
@@ -181,7 +187,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     Returns:
         The exit status.
     """
-    DetectorCLI(args=arguments, parser_kwargs={} if prog is None else {"prog": prog})
+    DetectorCLI(args=arguments, parser_kwargs={"prog": prog, **DESCRIPTIONS})
     return 0
 
 

@@ -30,9 +30,9 @@ def one_tensor(
     """Mix a batch ``(B, C, H, W)``, B even, each image with the next.
 
     ``copy`` reads and writes every value once. A mix reads each image twice, as itself and as a partner, so ``copy of
-    as many bytes`` copies half as much again. Each run takes the next of ``batches``. If they do not fit into the cache,
-    images come from memory, as in a training loop. A batch that is mixed in place is restored before each run, because
-    repeated mixes would make it uniform.
+    as many bytes`` copies half as much again. Each run takes the next of ``batches``. If they are larger than the
+    cache, images come from memory as in a training loop. A batch that is mixed in place is restored before each run,
+    because repeated mixes would make it uniform.
     """
     size = size or SIZES[device.type]
     count = size[0]
