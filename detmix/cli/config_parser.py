@@ -7,7 +7,6 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from detmix.cli.parser import one_line
 
-
 LIGHTNINGS = ("Customize every aspect of training", "Save the model after every epoch", "Runs the full", "Perform one")
 """How the titles of groups with Lightning's own options start."""
 
@@ -22,11 +21,11 @@ class ConfigParser(LightningArgumentParser):
         text, _, _ = message.partition("Given value type: ")  # the classes of jsonargparse that hold the value
         self.exit(2, f"error: {one_line(text)}\n")
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Return the help with Lightning's own options last, and without repeating all options in the usage."""
         groups: Any = self._action_groups
         groups.sort(key=lambda group: (group.title or "").startswith(LIGHTNINGS))
-        usage, blank, options = super().format_help().partition("\n\n")
+        usage, blank, options = super().format_help(*args, **kwargs).partition("\n\n")
         if usage.count("\n") > 9:
             usage = f"usage: {self.prog.replace(' [options]', '')} [options]"
         # Lists of all transforms and callbacks; --data.augment.help and the like still describe each class.

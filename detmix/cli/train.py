@@ -32,6 +32,7 @@ NOISE = (
 
 
 DESCRIPTIONS: dict[str, Any] = {
+    "description": "Train or validate a detector.",
     "fit": {"description": "Train a detector. Any option can also be set in a config: --config configs/demo.yaml."},
     "validate": {"description": "Compute the COCO AP of a checkpoint, which --ckpt_path names."},
 }
