@@ -161,11 +161,19 @@ def make_parser() -> Parser:
     """Return the parser of the command line."""
     parser = Parser(description=__doc__.partition(":")[0] + ".")
     parser.add_argument("section", nargs="+", choices=SECTIONS, help="sections to run")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="names of the cases to run (all)")
-    parser.add_argument("--rounds", type=at_least(1), default=41, help="timed rounds of each case (%(default)s)")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="threads of torch and of OpenCV (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (%(default)s)")
-    parser.add_argument("--root", type=coco_root, metavar="FOLDER", help="folder in COCO format, for loader (drawn)")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="names of the cases to run (default: all)")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=41, help="timed rounds of each case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1, help="threads of torch and of OpenCV (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--root", type=coco_root, metavar="FOLDER", help="folder in COCO format, for loader (default: a drawn one)"
+    )
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the results to this json file")
     return parser
 
