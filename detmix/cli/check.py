@@ -39,7 +39,7 @@ def make_parser(prog: str | None = None) -> Parser:
         parser.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
-            help=f"require {name} of every annotation, or ignore {name} (default: check {name} if all annotations have them)",
+            help=f"require {name} of every annotation, or ignore them (default: check if all annotations have them)",
         )
     parser.add_argument(
         "--fix",

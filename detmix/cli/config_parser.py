@@ -19,6 +19,7 @@ class ConfigParser(LightningArgumentParser):
         if not self.exit_on_error:  # jsonargparse tries whether a value fits
             super().error(message, ex)
         text, _, _ = message.partition("Given value type: ")  # the classes of jsonargparse that hold the value
+        text = re.sub(r'Parser key "([^"]+)":', r"--\1:", text)
         self.exit(2, f"error: {one_line(text)}\n")
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:

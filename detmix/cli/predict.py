@@ -47,7 +47,8 @@ def make_parser(prog: str | None = None) -> Parser:
         "--batch_size",
         type=at_least(1),
         default=1,
-        help="images per batch (default: %(default)s). Images of one batch are padded to one size, which moves boxes a little",
+        help="images per batch (default: %(default)s). Images of one batch are padded to one size, which moves boxes "
+        "a little",
     )
     parser.add_argument(
         "--num_workers",
