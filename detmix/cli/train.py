@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import distributed
 
 from detmix.cli.config_parser import ConfigParser
-from detmix.training.callbacks import Pictures
+from detmix.training.callbacks import Pictures, ProgressLines
 from detmix.training.checkpoint import read_checkpoint
 from detmix.training.data import DetectionData, as_seed
 from detmix.training.module import DetectorModule, NonFiniteLossError
@@ -129,7 +129,8 @@ class DetectorCLI(LightningCLI):
         plugins = config["plugins"] or []
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         config["use_distributed_sampler"] = False  # the data module distributes the images
-        bar = [] if config["enable_progress_bar"] is False else [RichProgressBar()]
+        progress = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
+        bar = [] if config["enable_progress_bar"] is False else [progress]
         config["callbacks"] = [*bar, LearningRateMonitor("step"), *(config["callbacks"] or [])]
         return super().instantiate_trainer(**kwargs)
 
