@@ -11,7 +11,7 @@ from sections import batch, growth, inputs, loader, mix, step
 
 import detmix
 from detmix import functional
-from detmix.datasets import coco
+from detmix.datasets.coco import images as coco
 from detmix.datasets.shapes import draw_shapes
 from tests.conftest import DEVICES, assert_same
 from tests.tools.tiny import SIZES
