@@ -13,7 +13,7 @@ from detmix.mixing import arrays
 
 
 def test_importing_detmix_imports_torch_and_torchvision_only():
-    code = "import detmix, sys; print(*sys.modules)"
+    code = "from detmix import *; import sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "torchvision" in loaded
     unwanted = {"lightning", "albumentations", "pycocotools", "cv2", "matplotlib", "jsonargparse", "transformers"}

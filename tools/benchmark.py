@@ -10,7 +10,6 @@ import datetime
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
 import random
 import re
@@ -20,9 +19,11 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from sections import Case, MissingPackageError, Section
+
+from detmix.cli.parser import Parser, at_least, writable_file
 
 try:
     import resource
@@ -145,31 +146,6 @@ def describe_machine(device: str) -> dict[str, str | None]:
     }
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit without the usage."""
-        self.exit(2, f"error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """The value of an option that counts."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text}")
-    return int(text)
-
-
-def writable(text: str) -> Path:
-    """The value of an option that names a file to write; checked before rather than after minutes of measuring."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} cannot be written; is its folder there?")
-    return path
-
-
 def coco_root(text: str) -> Path:
     """The value of an option that names a folder in COCO format."""
     from detmix.datasets.coco.folder import CocoFolder
@@ -186,11 +162,11 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__.partition(":")[0] + ".")
     parser.add_argument("section", nargs="+", choices=SECTIONS, help="what to time")
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="which cases of the sections to run, by name")
-    parser.add_argument("--rounds", type=positive, default=41, help="how often to time each case (%(default)s)")
-    parser.add_argument("--threads", type=positive, default=1, help="for torch and OpenCV, each (%(default)s)")
+    parser.add_argument("--rounds", type=at_least(1), default=41, help="how often to time each case (%(default)s)")
+    parser.add_argument("--threads", type=at_least(1), default=1, help="for torch and OpenCV, each (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
     parser.add_argument("--root", type=coco_root, metavar="FOLDER", help="in COCO format, for loader (drawn for it)")
-    parser.add_argument("--json", type=writable, metavar="FILE", help="write the results to this file, too")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the results to this file, too")
     return parser
 
 

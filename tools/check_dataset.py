@@ -1,4 +1,4 @@
-"""Run `detmix.cli.check`."""
+"""Find every defect of a dataset in COCO format: ``tools/check_dataset.py data/cards --fix data/cards_clean``."""
 
 import sys
 

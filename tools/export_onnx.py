@@ -1,4 +1,4 @@
-"""Run `detmix.cli.export`."""
+"""Export the detector of a checkpoint: ``tools/export_onnx.py runs/demo/version_0/checkpoints/best.ckpt``."""
 
 import sys
 

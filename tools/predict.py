@@ -1,4 +1,4 @@
-"""Run `detmix.cli.predict`."""
+"""Predict with a checkpoint: ``tools/predict.py runs/demo/version_0/checkpoints/best.ckpt images/``."""
 
 import sys
 

@@ -4,10 +4,8 @@
 """
 
 import sys
-from pathlib import Path
 
-from detmix.cli.train import PreviewCLI
+from detmix.cli.preview import main
 
 if __name__ == "__main__":
-    output = Path(PreviewCLI().output)
-    sys.stdout.write(f"Drew {output}; {output.with_suffix('.json')} records the mixes\n")
+    sys.exit(main())

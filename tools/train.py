@@ -1,6 +1,8 @@
-"""Train and validate a detector with mixup: ``tools/train.py fit --config configs/demo.yaml``."""
+"""Train or validate a detector with mixup: ``tools/train.py fit --config configs/demo.yaml``."""
 
-from detmix.cli.train import DetectorCLI
+import sys
+
+from detmix.cli.train import main
 
 if __name__ == "__main__":
-    DetectorCLI()
+    sys.exit(main())

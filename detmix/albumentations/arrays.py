@@ -1,4 +1,4 @@
-"""What both sides of Albumentations need to know about its images."""
+"""Handle the image arrays of Albumentations."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 IMAGE_DTYPES = ("uint8", "float32")
-"""With another dtype, about every second transform of Albumentations fails."""
+"""The dtypes that all transforms of Albumentations take; with others about half of them fail."""
 
 
 def writable(image: Array) -> Array:
-    """The array, or a copy that torch can take: it has no negative strides, and warns of read-only ones."""
+    """Return the array, or a copy that torch takes: torch has no negative strides and warns of read-only arrays."""
     return np.require(image, requirements=["C", "W"])

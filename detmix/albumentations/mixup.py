@@ -17,35 +17,35 @@ from detmix.mixing.plan import Law, Range, check_law, draw_lam
 class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no types
     """Mixup as a transform of `A.Compose`: blend with a partner and keep the boxes of both, weighted by image.
 
-    The images lie on a shared canvas, both at its top left and not resized [arXiv:1902.04103, sec. 3.1]. The label
-    field ``weights`` of ``bbox_params`` is multiplied by the share of the box's image.
+    Both images are placed at the top left of a shared canvas and are not resized [arXiv:1902.04103, sec. 3.1]. The
+    label field ``weights`` of ``bbox_params`` is multiplied by the share of the box's image.
 
-    The partner is given as to `A.Mosaic`: ``pipeline(image=..., bboxes=..., weights=..., mixup_metadata=partner)``,
-    a dict, or a list of dicts from which one is drawn, of ``image`` and what else the sample has of ``bboxes``,
-    ``masks``, ``keypoints`` and their label fields; its ``weights`` are 1 if it has none. An empty list leaves the
-    sample as it is; a missing key is an error, lest mixup be forgotten. Transforms in front of this one do not see the
-    partner: let this one come first, or give partners that are already prepared.
+    Pass the partner as to `A.Mosaic`: ``pipeline(image=..., bboxes=..., weights=..., mixup_metadata=partner)``. It is a
+    dict, or a list of dicts from which one is drawn. A dict holds ``image`` and those of ``bboxes``, ``masks``,
+    ``keypoints`` and their label fields that the sample has; ``weights`` are 1 if missing. An empty list leaves the
+    sample unmixed. A missing ``mixup_metadata`` is an error. Transforms before this one do not change the partner: make
+    this one the first, or pass partners that are already transformed.
 
-    Boxes, ``masks`` and keypoints are joined in one order, the sample's first. Albumentations drops boxes but never
-    their masks: let a label field number the masks, the partner's going on from the sample's, to see which are left.
+    Boxes, ``masks`` and keypoints are concatenated, the sample's first. Albumentations drops boxes but not their masks.
+    To know which masks are left, number the boxes in a label field, the partner's after the sample's.
 
-    Draws follow the random state of `A.Compose`, which every `DataLoader` worker repeats unless its
-    ``set_random_seed`` is called there; with ``save_applied_params=True`` it tells the ``lam`` that was drawn.
+    Random numbers come from the random state of `A.Compose`, which is the same in all `DataLoader` workers unless its
+    ``set_random_seed`` is called in each. With ``save_applied_params=True`` it returns the ``lam`` that was drawn.
 
     Args:
-        alpha: Of the law of the sample's share, Beta(alpha, alpha), or Beta(a, b) for a pair. 1.5 is the Bag of
-            Freebies' choice.
-        lam: The law of the share in place of Beta's: a constant, ``(low, high)`` for the uniform one, or a function of
-            a `random.Random`. Draws are rounded to multiples of 2**-24, so that both shares are exact in float32.
-        metadata_key: The name under which the pipeline is given the partner.
-        fill: See `detmix.functional.blend_images`.
-        p: The probability that a sample is mixed at all.
+        alpha: Parameter of the Beta distribution that the sample's share is drawn from: Beta(alpha, alpha), or
+            Beta(a, b) for a pair. The Bag of Freebies uses 1.5.
+        lam: Distribution of the share instead of Beta: a constant, ``(low, high)`` for a uniform distribution, or a
+            function of a `random.Random`. Shares are rounded to multiples of 2**-24, so that both are exact in float32.
+        metadata_key: Name of the argument that passes the partner to the pipeline.
+        fill: Value of the canvas outside both images; see `detmix.functional.blend_images`.
+        p: Probability that a sample is mixed.
 
     Raises:
-        ValueError: if an argument is out of range; when called, if ``weights`` are not among the label fields, if
-            sample and partner do not fit, or if the sample has a semantic ``mask``, which cannot be mixed, since each
-            pixel has one class but would show two.
-        TypeError: if the partner is no dict or its image no array.
+        ValueError: if an argument is out of range. When called: if ``weights`` is not a label field, if sample and
+            partner do not fit, or if the sample has a semantic ``mask``, which has one class per pixel and cannot be
+            mixed.
+        TypeError: if the partner is no dict, or its image no array.
 
     Example:
         >>> box_params = A.BboxParams("pascal_voc", label_fields=["names", "weights"])
@@ -68,21 +68,21 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
     ) -> None:
         check_law(alpha, lam)
         if not 0 <= p <= 1:
-            raise ValueError(f"p is a probability and must lie in [0, 1], but it is {p}.")
+            raise ValueError(f"p must be a probability in [0, 1], but it is {p}.")
         super().__init__(p=p)
         self.alpha, self.lam, self.metadata_key, self.fill = alpha, lam, metadata_key, fill
 
     @property
     def targets_as_params(self) -> list[str]:
-        """What the pipeline must be called with, besides the sample."""
+        """Return the arguments of the pipeline besides the sample."""
         return [self.metadata_key]
 
     def draw_lam(self) -> float:
-        """One share of a sample's own image."""
+        """Draw the share of a sample's own image."""
         return draw_lam(self.py_random, self.alpha, self.lam)
 
     def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-        """Draw the partner and ``lam``, and bring the partner's boxes and keypoints into Albumentations' own form."""
+        """Draw the partner and ``lam``, and convert the partner's boxes and keypoints to Albumentations' own form."""
         self._check_sample(data)
         where, metadata = self.metadata_key, data[self.metadata_key]
         if isinstance(metadata, Mapping):
@@ -98,12 +98,12 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         return {"lam": self.draw_lam(), "partner": partner, "canvas": (height, width)}
 
     def apply_with_params(self, params: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Mix every target."""
+        """Mix all targets."""
         if params["partner"] is None:
             return kwargs
         masks = kwargs.get("masks")
         if isinstance(masks, Sequence) and not masks and len(params["partner"]["masks"]):
-            # Albumentations passes an empty list by, which would lose the partner's masks.
+            # Albumentations skips an empty list, which would lose the partner's masks.
             kwargs["masks"] = params["partner"]["masks"][:0]
         mixed: dict[str, Any] = super().apply_with_params(params, *args, **kwargs)
         return mixed
@@ -114,9 +114,9 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         return (mixed.permute(1, 2, 0) if img.ndim == 3 else mixed[0]).numpy()
 
     def apply_to_bboxes(self, bboxes: Array, lam: float, partner: dict[str, Array], **params: Any) -> Array:
-        """Join the boxes, which are relative to their own image and become relative to the canvas, and weight them."""
+        """Concatenate the boxes, make them relative to the canvas instead of their image, and scale their weights."""
         fields = self.processors["bboxes"].params.label_fields
-        weights = fields.index("weights") - len(fields)  # counted from the end: boxes can have columns of their own
+        weights = fields.index("weights") - len(fields)  # counted from the end, because boxes can have more columns
         sizes = params["shape"], partner["image"].shape
         pair = []
         for rows, size, share in zip((bboxes, partner["bboxes"]), sizes, (lam, 1 - lam), strict=True):
@@ -128,11 +128,11 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         return _join(*pair)
 
     def apply_to_keypoints(self, keypoints: Array, partner: dict[str, Array], **params: Any) -> Array:
-        """Join the keypoints, which keep their pixel coordinates."""
+        """Concatenate the keypoints, which keep their pixel coordinates."""
         return _join(keypoints, partner["keypoints"])
 
     def apply_to_masks(self, masks: Array, partner: dict[str, Array], **params: Any) -> Array:
-        """Pad the masks to the canvas and join them."""
+        """Pad the masks to the canvas and concatenate them."""
         return _join(_pad(masks, params["canvas"]), _pad(partner["masks"], params["canvas"]))
 
     def _check_sample(self, data: dict[str, Any]) -> None:
@@ -140,28 +140,28 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         fields = (boxes and boxes.params.label_fields) or []
         if "weights" not in fields:
             raise ValueError(
-                "MixUp weights every box by the share of its image and needs 'weights' among the label fields of "
+                "MixUp weights boxes by the shares of their images, so 'weights' must be a label field in "
                 f"A.Compose(..., bbox_params=A.BboxParams(..., label_fields=[...])), but they are {list(fields)}."
             )
         given = {key for key, value in data.items() if value is not None}
         unknown = {"mask", "images", "volume", "volumes", "mask3d", "masks3d", *self._additional_targets} & given
         if unknown:
             raise ValueError(
-                f"MixUp mixes image, bboxes, masks (one a box) and keypoints, but the sample has {sorted(unknown)}: a "
-                "semantic mask has one class a pixel, but a mixed pixel shows two."
+                f"MixUp mixes image, bboxes, masks (one per box) and keypoints, but the sample has {sorted(unknown)}. "
+                "A semantic mask has one class per pixel, but a mixed pixel shows two."
             )
         if "bboxes" not in given:
-            raise ValueError(f"MixUp needs 'bboxes', if need be empty, but was called with {sorted(given)}.")
+            raise ValueError(f"MixUp needs 'bboxes', which may be empty, but was called with {sorted(given)}.")
         if "keypoints" in given and "keypoints" not in self.processors:
-            raise ValueError("MixUp was called with keypoints, which need keypoint_params of A.Compose.")
+            raise ValueError("MixUp was called with keypoints, but A.Compose has no keypoint_params.")
         if str(data["image"].dtype) not in IMAGE_DTYPES:
             raise ValueError(f"image must be {' or '.join(IMAGE_DTYPES)}, but is {data['image'].dtype}.")
         weights = boxes.label_manager.metadata["bboxes"].get("weights")
         if weights is not None:
             if not _is_numeric(weights):
-                raise ValueError("weights of the boxes must be numbers, but Albumentations took them for categories.")
-            weights.is_numerical = True  # else a list of numpy's floats would come back as integers,
-            _widen(weights, np.float32)  # as would an integer array
+                raise ValueError("weights of the boxes must be numbers, but Albumentations treats them as categories.")
+            weights.is_numerical = True  # else Albumentations returns a list of numpy's floats as integers,
+            _widen(weights, np.float32)  # and the product in an integer array too
 
     def _read_partner(self, partner: Any, data: dict[str, Any], where: str) -> dict[str, Array]:
         if not isinstance(partner, Mapping):
@@ -169,7 +169,7 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         needed = ["image", *(key for key in ("bboxes", "masks", "keypoints") if data.get(key) is not None)]
         missing = [key for key in needed if partner.get(key) is None]
         if missing:
-            raise ValueError(f"{where} must have {needed}, as the sample has, if need be empty, but has no {missing}.")
+            raise ValueError(f"{where} must have {needed} like the sample, which may be empty, but has no {missing}.")
         if not isinstance(partner["image"], np.ndarray):
             raise TypeError(f"image of {where} must be a numpy array, but is a {type(partner['image']).__name__}.")
         _check_alike(f"image of {where}", partner["image"], data["image"])
@@ -194,7 +194,7 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         return np.stack(masks) if masks else np.zeros((0, *size), np.uint8)
 
     def _encode(self, key: str, partner: Mapping[str, Any], where: str) -> Array:
-        """The partner's boxes or keypoints in Albumentations' own form: its format, with label fields as columns."""
+        """Convert the partner's boxes or keypoints to Albumentations' own form, with label fields as columns."""
         processor = self.processors[key]
         rows = np.asarray(partner[key])
         if not len(rows):
@@ -209,7 +209,9 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
                     f"{where} must have the label field {field!r} of its {key}, but has {sorted(partner)}."
                 )
             if len(values) != len(rows):
-                raise ValueError(f"{field!r} of {where} must have one entry for each of {len(rows)} {key}: {values}.")
+                raise ValueError(
+                    f"{field!r} of {where} must have one entry for each of {len(rows)} {key}, but is {values}."
+                )
             self._admit(key, field, np.asarray(values), where)
         encoded = {"image": partner["image"], key: rows, **labels}
         given_as = dict(processor.is_sequence_input)
@@ -218,18 +220,18 @@ class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no t
         except ValueError as error:
             raise ValueError(f"{key} of {where}: {error}") from error
         finally:
-            processor.is_sequence_input = given_as  # else the sample's list would come back as the partner's array
+            processor.is_sequence_input = given_as  # else the sample's list is returned as an array, like the partner's
         joined: Array = encoded[key]
         return joined
 
     def _admit(self, key: str, field: str, values: Array, where: str) -> None:
-        """Make Albumentations' note on how to decode a label field, taken from the sample's, fit the partner's too."""
+        """Make Albumentations decode a label field for the partner's values too; it has seen only the sample's."""
         known = self.processors[key].label_manager.metadata[key].get(field)
         if known is None:
             return
         if _is_numeric(known) != all(isinstance(value, Real) for value in values.ravel().tolist()):
             kind = "numbers" if _is_numeric(known) else "categories"
-            raise ValueError(f"{field!r} of {where} must be {kind}, as the sample's, but is {values.tolist()}.")
+            raise ValueError(f"{field!r} of {where} must be {kind}, like the sample's, but is {values.tolist()}.")
         _widen(known, values.dtype)
 
 
@@ -239,7 +241,7 @@ def _channels_first(image: Array) -> Tensor:
 
 
 def _join(first: Array, second: Array) -> Array:
-    # Rows that are none have neither the columns of label fields nor a dtype of their own.
+    # Empty rows have no columns of label fields and no dtype of their own.
     parts = [part for part in (first, second) if len(part)]
     if len(parts) < 2:
         return parts[0] if parts else first
@@ -256,7 +258,7 @@ def _check_alike(name: str, partner: Array, sample: Array) -> None:
         ("channels", sample.shape[2:], partner.shape[2:]),
     ):
         if ours != theirs:
-            raise ValueError(f"{name} must have the {what} of the sample's, {ours}, but has {theirs}.")
+            raise ValueError(f"{name} must have the {what} of the sample, {ours}, but has {theirs}.")
 
 
 def _is_numeric(known: Any) -> bool:

@@ -17,20 +17,20 @@ from detmix.targets import BOX_KEYS, Sample, Target, check_target, keys_per_box,
 
 
 class AlbumentationsTransform:
-    """An Albumentations pipeline for detection samples, in which weights, and all else, stay with their boxes.
+    """Run an Albumentations pipeline on detection samples, and keep weights and all other fields with their boxes.
 
-    A box that the pipeline drops takes its label, weight, mask, keypoints and every other per-box entry along. Draws
-    follow torch's generator, so ``torch.manual_seed`` and the seeds of `DataLoader` workers govern them; Albumentations
-    alone would repeat the same draws in every worker.
+    When the pipeline drops a box, its label, weight, mask, keypoints and all other values per box are dropped too.
+    Random numbers come from torch's generator, so ``torch.manual_seed`` and the seeds of `DataLoader` workers determine
+    them. Albumentations alone repeats the same random numbers in every worker.
 
-    Keypoints that leave the image stay, with visibility 0 where they have one, so that each box keeps its K.
+    Keypoints that leave the image are kept, with visibility 0 if they have a visibility, so each box keeps its K.
     Albumentations does not swap left and right keypoints when it flips.
 
     Args:
         transforms: Albumentations transforms, run one after the other.
-        min_area: A box with less area than this afterwards, in square pixels, is dropped.
-        min_visibility: So is one of which a smaller share than this, 0 to 1, is left inside the image.
-        box_keys: Names of further target keys with one entry per box, besides `detmix.functional.BOX_KEYS`.
+        min_area: Smallest area of a box after the pipeline, in square pixels; smaller boxes are dropped.
+        min_visibility: Smallest share of a box, 0 to 1, that must stay inside the image; other boxes are dropped.
+        box_keys: Names of more target keys with one value per box, besides `detmix.functional.BOX_KEYS`.
 
     Example:
         >>> import albumentations as A
@@ -55,7 +55,7 @@ class AlbumentationsTransform:
     ) -> None:
         self.box_keys = BOX_KEYS | frozenset(box_keys)
         with warnings.catch_warnings():
-            # A pipeline that changes pixels alone is sound; Albumentations warns that it leaves the boxes alone.
+            # Albumentations warns of pipelines that only change pixels.
             warnings.filterwarnings("ignore", "Got processor for")
             self.pipeline = A.Compose(
                 list(transforms),
@@ -77,14 +77,15 @@ class AlbumentationsTransform:
                 in [0, 1].
             target: Target with ``boxes`` ``(num_boxes, 4)``; optionally ``masks`` ``(num_boxes, H, W)`` and
                 ``keypoints`` ``(num_boxes, K, 3)`` or `tv_tensors.KeyPoints` ``(num_boxes, K, 2)``, which are
-                transformed, and other per-box keys, which are filtered.
+                transformed, and other values per box, which are filtered.
 
         Returns:
-            A new image, `tv_tensors.Image` unless a plain tensor came, and a new target; the inputs are left alone.
+            A new image, `tv_tensors.Image` unless a plain tensor was given, and a new target. The inputs do not
+            change.
 
         Raises:
             ValueError: if Albumentations cannot take the image or the boxes, or the target is inconsistent.
-            TypeError: if the target is no dict, or its boxes, masks or keypoints are no tensor.
+            TypeError: if the target is no dict, or its boxes, masks or keypoints are no tensors.
         """
         if isinstance(image, np.ndarray):
             image = writable(image)
@@ -119,13 +120,13 @@ class AlbumentationsTransform:
 
     def _check(self, image: Tensor, target: Target) -> None:
         if image.device.type != "cpu":
-            raise ValueError(f"image must be on the CPU, where Albumentations works, but is on {image.device}.")
+            raise ValueError(f"image must be on the CPU for Albumentations, but is on {image.device}.")
         if str(image.dtype).removeprefix("torch.") not in IMAGE_DTYPES:
             raise ValueError(f"image must be {' or '.join(IMAGE_DTYPES)} for Albumentations, but is {image.dtype}.")
         check_target(target, where="the target", image=image)
         boxes = target["boxes"]
         if isinstance(boxes, tv_tensors.BoundingBoxes) and tv_tensors.is_rotated_bounding_format(boxes.format):
-            raise ValueError(f"Albumentations has no rotated boxes, but the boxes have format {boxes.format.name}.")
+            raise ValueError(f"boxes must not be rotated for Albumentations, but they have format {boxes.format.name}.")
         if len(boxes) and boxes.shape[1] != 4:
             raise ValueError(f"boxes must have shape (num_boxes, 4), but have {tuple(boxes.shape)}.")
         for key in sorted(keys_per_box(target, self.box_keys)):

@@ -1,0 +1,1 @@
+"""The commands; `detmix.cli.__main__` runs each by its name."""

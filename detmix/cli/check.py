@@ -1,44 +1,31 @@
-"""Find every defect of a set in COCO format: ``tools/check_dataset.py data/cards --fix data/cards_clean``.
-
-Errors are what training would refuse or go on without; warnings are what it copes with. The exit status is 0 without
-errors, 1 with them, 2 if the command could not be carried out.
-"""
+"""The command that finds every defect of a dataset in COCO format."""
 
 import argparse
 import json
-import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-# detmix, and torch with it, is imported where it is used, so that --help and mistakes take no time.
+from detmix.cli.parser import Parser, at_least, writable_file
+from detmix.training.files import write_json
 
+if TYPE_CHECKING:
+    from detmix.datasets.coco.check import Check
+
+# What needs torch is imported where it is used, so that --help and mistakes take no time.
+
+DESCRIPTION = """\
+Find every defect of a dataset in COCO format. An error is a defect that training refuses or loses objects to; a warning
+is one that it can live with. The exit status is 0 without errors, 1 with errors, and 2 if the command fails."""
 SHOWN = 3  # messages of a kind
 
 
-class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit without the usage."""
-        self.exit(2, f"error: {message}\n")
-
-
-def positive(text: str) -> int:
-    """The value of an option that counts."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, but is {text}")
-    return int(text)
-
-
-def make_parser() -> Parser:
-    """The command line."""
-    description, _, status = __doc__.partition("\n\n")
-    parser = Parser(
-        description=f"{description.partition(':')[0]}. {' '.join(status.split())}",
-    )
-    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder")
+def make_parser(prog: str | None = None) -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description=DESCRIPTION)
+    parser.add_argument("root", metavar="ROOT", type=Path, help="dataset folder")
     parser.add_argument(
         "--annotations",
         nargs="+",
@@ -46,28 +33,30 @@ def make_parser() -> Parser:
         help="json files, relative to ROOT (annotations/instances_*.json)",
     )
     parser.add_argument(
-        "--images", default="images", metavar="FOLDER", help="of the images, relative to ROOT (%(default)s)"
+        "--images", default="images", metavar="FOLDER", help="image folder, relative to ROOT (%(default)s)"
     )
     for name in ("masks", "keypoints"):
         parser.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
-            help=f"require {name} of every annotation, or do not look at them (used if all have them)",
+            help=f"require {name} of every annotation, or ignore {name} (checked if all annotations have them)",
         )
     parser.add_argument(
         "--fix",
         type=Path,
         metavar="FOLDER",
-        help="write a copy without the defects to this folder, new or empty; removed.json in it lists what was left "
-        "out or changed. Images are hard links where the system allows: do not change them in place",
+        help="write a copy without the defects into this new or empty folder. Its removed.json lists what was left out "
+        "or changed. Images are hard links where the system allows: do not change them in place",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every defect with all ids to this file")
-    parser.add_argument("--workers", type=positive, default=1, help="threads that decode images (%(default)s)")
+    parser.add_argument(
+        "--json", type=writable_file, metavar="FILE", help="write every defect with all ids into this json file"
+    )
+    parser.add_argument("--workers", type=at_least(1), default=1, help="threads that decode images (%(default)s)")
     return parser
 
 
 def find_annotations(root: Path) -> list[str]:
-    """The json files that are named as COCO's and ours."""
+    """Return the json files with the usual names, relative to the folder."""
     if not root.is_dir():
         raise FileNotFoundError(f"root {root} is not a folder.")
     found = [str(path.relative_to(root)) for path in sorted(root.glob("annotations/instances_*.json"))]
@@ -76,23 +65,24 @@ def find_annotations(root: Path) -> list[str]:
     return found
 
 
-def count(number: int, table: str) -> str:
-    """The number with its noun."""
-    return f"{number} {({'categories': 'category'}.get(table, table[:-1])) if number == 1 else table}"
+def count(number: int, section: str) -> str:
+    """Return the number with its noun."""
+    singular = "category" if section == "categories" else section[:-1]
+    return f"{number} {singular if number == 1 else section}"
 
 
-def summarize(check: Any) -> list[str]:
-    """What is wrong with one file, in lines."""
+def summarize(check: "Check") -> list[str]:
+    """Return lines that say what is wrong with one file."""
     from detmix.datasets.coco.defects import KINDS, some
 
-    counts = [count(len(rows), name) for name, rows in check.table.rows.items()]
+    counts = [count(len(records), name) for name, records in check.table.records.items()]
     lines = [f"{check.annotations_file}: {', '.join(counts)}"]
     groups = defaultdict(list)
     for defect in check.defects:
-        groups[defect.severity, defect.kind, defect.table].append(defect)
-    for (severity, kind, table), defects in sorted(groups.items()):
+        groups[defect.severity, defect.kind, defect.section].append(defect)
+    for (severity, kind, section), defects in sorted(groups.items()):
         ids = [number for defect in defects for number in defect.ids]
-        lines.append(f"  {severity}: {count(len(ids), table)}: {KINDS[kind].text}; ids {some(ids)}")
+        lines.append(f"  {severity}: {count(len(ids), section)}: {KINDS[kind].text}; ids {some(ids)}")
         lines += [f"    {d.message.removeprefix(f'{check.annotations_file}: ')}" for d in defects[:SHOWN]]
     gone = [count(int(lost.sum()), name) for name, lost in check.lost.items() if lost.any()]
     if gone:
@@ -102,33 +92,47 @@ def summarize(check: Any) -> list[str]:
     return lines
 
 
-def as_record(check: Any) -> dict[str, Any]:
-    """The same for programs."""
+def as_record(check: "Check") -> dict[str, Any]:
+    """Return the same for the json file."""
     return {
         "annotations": str(check.annotations_file),
         "images": str(check.images_folder),
-        "counts": {name: len(rows) for name, rows in check.table.rows.items()},
+        "counts": {name: len(records) for name, records in check.table.records.items()},
         "lost": {name: int(lost.sum()) for name, lost in check.lost.items()},
-        "defects": [{"severity": defect.severity, **defect._asdict()} for defect in check.defects],
+        "defects": [
+            {
+                "severity": defect.severity,
+                "kind": defect.kind,
+                "table": defect.section,
+                "rows": defect.rows,
+                "ids": defect.ids,
+                "message": defect.message,
+            }
+            for defect in check.defects
+        ],
     }
 
 
-def main() -> int:
-    """Check the files that the command line names, and write what it asks for."""
-    parser = make_parser()
-    args = parser.parse_args()
-    if args.json and args.json.is_dir():
-        parser.error(f"argument --json: {args.json} is a folder")
-    if args.json and not (args.json.parent.is_dir() and os.access(args.json.parent, os.W_OK)):
-        parser.error(f"argument --json: {args.json} cannot be written; is its folder there?")
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Check the files that the command line names, and write what it asks for.
+
+    Args:
+        arguments: Of the command line; those of the process by default.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status.
+    """
+    parser = make_parser(prog)
+    args = parser.parse_args(arguments)
     try:
         return run(args)
     except (OSError, ValueError) as error:
-        parser.error(" ".join(str(error).split()))
+        parser.error(error)
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status of what was asked for."""
+    """Check, write the files that are asked for, and return the exit status."""
     from detmix.datasets.coco.check import check_folder
     from detmix.datasets.coco.repair import refuse_target, write_clean
 
@@ -141,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         checks.append(check_folder(args.root, file, args.images, **options))
         show(summarize(checks[-1]))
     if args.json:
-        args.json.write_text(json.dumps([as_record(check) for check in checks], indent=1) + "\n", encoding="utf-8")
+        write_json([as_record(check) for check in checks], args.json, indent=1)
     if args.fix:
         listed = write_clean(checks, args.root, args.fix)
         changes = sum(map(len, json.loads(listed.read_text(encoding="utf-8")).values()))
@@ -150,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show(lines: list[str]) -> None:
-    """Print at once, as the next file takes a while; letters that the terminal does not know are escaped."""
+    """Print lines at once, because the next file takes a while; escape letters that the terminal does not have."""
     encoding = sys.stdout.encoding or "utf-8"
     for line in lines:
         sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")

@@ -1,53 +1,71 @@
-"""Export the detector of a checkpoint: ``tools/export_onnx.py runs/demo/version_0/checkpoints/best.ckpt``."""
+"""The command that exports the detector of a checkpoint to ONNX."""
 
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
+from detmix.cli.parser import Parser
+from detmix.training.files import write_json
 
-from detmix.datasets.coco.folder import CocoFolder
-from detmix.datasets.shapes import draw_shapes
-from detmix.training.checkpoint import load_detector
-from detmix.training.predict import list_images, make_table, write_json
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What needs torch is imported where it is used, so that --help and mistakes take no time.
 
 EPILOG = """\
-The file takes one image of any size, float32 (3, height, width), RGB in [0, 1], and returns boxes, labels and scores
-(and masks or keypoints) as torchvision does. Before it is written, onnxruntime and torch are compared; if they differ
-by more than rounding, or nothing was found that could be compared, nothing is written and the exit status is 1. After a
-mistake it is 2."""
+The model takes one image of any size, float32 (3, height, width), RGB in [0, 1], and returns boxes, labels and scores
+(and masks or keypoints) as torchvision does. Before it is written, the predictions of onnxruntime and torch are
+compared. If they differ by more than rounding, or if there are no predictions to compare, nothing is written and the
+exit status is 1. After a mistake in the options it is 2."""
 
 
-def main() -> int:
-    """Run the command line; return the exit status."""
-    parser = argparse.ArgumentParser(description="Export a trained detector to ONNX.", epilog=EPILOG)
-    parser.add_argument("checkpoint", help="A checkpoint of tools/train.py, such as best.ckpt.")
-    parser.add_argument("--output", default="model.onnx", help="The file to write; model.onnx by default.")
+def make_parser(prog: str | None = None) -> Parser:
+    """Return the parser of the command line."""
+    parser = Parser(prog=prog, description="Export a trained detector to ONNX.", epilog=EPILOG)
+    parser.add_argument("checkpoint", help="checkpoint of a training run, such as best.ckpt")
+    parser.add_argument("--output", default="model.onnx", help="file to write (%(default)s)")
     check = parser.add_mutually_exclusive_group()
     check.add_argument(
         "--check",
         nargs="+",
         metavar="IMAGE",
-        help="Images, or folders of them, to compare onnxruntime and torch on, such as those of the validation split. "
-        "By default 16 drawn shapes, in which a detector of other things may find nothing.",
+        help="images, or folders of images, to compare onnxruntime and torch on, such as those of the validation "
+        "split (16 drawn shapes, in which a detector of other classes may find nothing)",
     )
-    check.add_argument("--no_check", action="store_true", help="Write without a comparison.")
-    args = parser.parse_args()
+    check.add_argument("--no_check", action="store_true", help="write the model without a comparison")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Export the checkpoint that the command line names.
+
+    Args:
+        arguments: Of the command line; those of the process by default.
+        prog: The name of the command in its help.
+
+    Returns:
+        The exit status.
+    """
+    parser = make_parser(prog)
+    args = parser.parse_args(arguments)
     try:
-        return _export(args)
+        return run(args)
     except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+        parser.error(error)
 
 
-def _export(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
+    """Compare and write the model, and return the exit status."""
     try:
         from detmix.training.export import TOLERANCES, check_onnx, export_onnx, write_onnx
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error.name} is missing; pip install detmix[export] brings it.") from error
+        raise ImportError(f"{error.name} is missing; install it by pip install detmix[export].") from error
+    from detmix.training.checkpoint import load_detector
+    from detmix.training.predict import list_images
+
     model, class_names = load_detector(args.checkpoint)
     images = None if args.check is None else list_images(args.check)
     content = export_onnx(model, class_names)
@@ -59,8 +77,8 @@ def _export(args: argparse.Namespace) -> int:
             sys.stdout.write(f"  {key}: largest difference {value:.2e}, tolerance {TOLERANCES[key]:g}\n")
         if not parity.holds:
             sys.stderr.write(
-                f"Not written: they differ, and {parity.unmatched} detections have no counterpart (which boxes of "
-                "equal scores are kept is a matter of their order; a detector that is hardly trained has many)\n"
+                f"Not written: the predictions differ, and {parity.unmatched} detections have no counterpart. A "
+                "detector that is hardly trained gives many boxes equal scores, and rounding decides which are kept\n"
             )
             return 1
         if not parity.detections:
@@ -71,18 +89,25 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _read(folder: Path, files: list[Path] | None) -> Iterator[Tensor]:
+def _read(folder: Path, files: list[Path] | None) -> Iterator["Tensor"]:
+    import torch
+    from torchvision.transforms.v2 import functional as TF
+
+    from detmix.datasets.coco.folder import CocoFolder
+    from detmix.datasets.shapes import draw_shapes
+    from detmix.training.predict import make_content
+
     if files is None:
         dataset = CocoFolder(draw_shapes(folder / "shapes", num_train=16, num_val=1))
     else:
         unreadable: list[str] = []
-        table = make_table(files, [], unreadable.append)
-        write_json(table, folder / "images.json")
+        content = make_content(files, [], unreadable.append)
+        write_json(content, folder / "images.json")
         if unreadable:
             raise ValueError(unreadable[0])
-        dataset = CocoFolder(table["info"]["images_folder"], folder / "images.json", ".", check_files=False)
+        dataset = CocoFolder(content["info"]["images_folder"], folder / "images.json", ".", check_files=False)
     for index in range(len(dataset)):
-        yield TF.to_dtype(dataset[index][0].as_subclass(Tensor), torch.float32, scale=True)
+        yield TF.to_dtype(dataset.read_image(index).as_subclass(torch.Tensor), torch.float32, scale=True)
 
 
 if __name__ == "__main__":

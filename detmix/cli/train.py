@@ -1,82 +1,76 @@
-"""The command line: Lightning's, with the detector, the data and a run folder filled in."""
+"""The commands fit and validate: Lightning's command line with the detector, the data and a run folder."""
 
-import argparse
-import random
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
-from jsonargparse.typing import PositiveInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from torch import Tensor, distributed
+from torch import distributed
 
-from detmix.datasets.coco.table import CocoFile
-from detmix.mixing.plan import Mix
-from detmix.mixing.transform import MixUp
-from detmix.targets import Target
-from detmix.training.callbacks import Pictures, write_samples
+from detmix.cli.config_parser import ConfigParser
+from detmix.training.callbacks import Pictures
 from detmix.training.checkpoint import read_checkpoint
-from detmix.training.data import DetectionData, LoadedBatch, collate
+from detmix.training.data import DetectionData, as_seed
 from detmix.training.module import DetectorModule, NonFiniteLossError
-from detmix.training.records import read_record, write_record
 from detmix.training.resume import AtomicCheckpointIO, LastCheckpoint, find_last, keep_rows
 
 NOISE = (
     ".*treespec, LeafSpec.* is deprecated",  # Lightning's own use of torch
     "Experiment logs directory .* exists and is not empty",  # two loggers share the run folder on purpose
-    "Checkpoint directory .* exists and is not empty",  # so it is where a run goes on
-    "The dirpath has changed from",  # a checkpoint of one run starts another
+    "Checkpoint directory .* exists and is not empty",  # a resumed run's is not
+    "The dirpath has changed from",  # a checkpoint of one run can start another
     r"\s*Dump of a value that does not round-trip",  # tuples are lists in the saved config
-    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on where it stopped
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler resumes where it stopped
 )
-"""Warnings, as patterns, that tell a user nothing to act on."""
-
-for _message in NOISE:
-    warnings.filterwarnings("ignore", _message)
+"""Patterns of warnings that a user can do nothing about."""
 
 
 class DetectorCLI(LightningCLI):
-    """``fit`` and ``validate`` a detector: every argument of module, data, trainer and checkpoint is an option."""
+    """Run ``fit`` or ``validate``; every argument of module, data, trainer and callbacks is an option."""
 
     def __init__(self, **kwargs: Any) -> None:
         try:
-            super().__init__(
-                DetectorModule,
-                DetectionData,
-                seed_everything_default=0,
-                auto_configure_optimizers=False,
-                save_config_callback=ConfigCallback,
-                save_config_kwargs={"overwrite": True},
-                **kwargs,
-            )
-        except (NonFiniteLossError, OSError) as error:  # the last line of an error that comes from a worker is its own
+            with warnings.catch_warnings():
+                for message in NOISE:
+                    warnings.filterwarnings("ignore", message)
+                super().__init__(
+                    DetectorModule,
+                    DetectionData,
+                    seed_everything_default=0,
+                    auto_configure_optimizers=False,
+                    save_config_callback=ConfigCallback,
+                    save_config_kwargs={"overwrite": True},
+                    parser_class=ConfigParser,
+                    **kwargs,
+                )
+        except (NonFiniteLossError, OSError) as error:  # of an error in a worker, the last line is the message
             sys.exit(f"error: {str(error).strip().splitlines()[-1]}")
-        if distributed.is_initialized():  # its threads would now and then abort the process as it ends
+        if distributed.is_initialized():  # its threads would sometimes abort the process when it ends
             distributed.destroy_process_group()
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The two of Lightning's that make sense here."""
+        """Return Lightning's subcommands that are used here."""
         known = LightningCLI.subcommands()
         return {name: known[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Take classes from the data; let the best and the last checkpoint and the pictures be configured."""
+        """Add options of checkpoints and pictures, and take the classes and the seed from the data."""
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.{name}", apply_on="instantiate")
         parser.add_argument(
             "--run_dir",
             default=None,
             type=str | None,
-            help="Each run gets a version_<n> in it; runs/<config> by default.",
+            help="Folder in which each run gets a folder version_<n> (runs/<config> if null).",
         )
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=_as_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=as_seed)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last")
         parser.add_lightning_class_args(Pictures, "pictures")
@@ -90,19 +84,21 @@ class DetectorCLI(LightningCLI):
         )
 
     def instantiate_classes(self) -> None:
-        """Build everything and read both splits; a mistake in the options or the data is one line, no traceback."""
+        """Build everything and read both splits; a mistake in the options or the data exits with one line."""
         try:
             path = self._find_checkpoint()
             super().instantiate_classes()
             self.datamodule.setup("fit")
+            if self.subcommand == "fit":
+                self.datamodule.check_batch_size()
         except (ValueError, OSError, MisconfigurationException) as error:
-            self.parser.exit(2, f"error: {error}\n")
+            self.parser.error(str(error))
         if self.subcommand:
             self.config_init[self.subcommand]["ckpt_path"] = path
             self.config_init[self.subcommand]["weights_only"] = True
 
     def _find_checkpoint(self) -> str | None:
-        """The checkpoint that ``ckpt_path`` means; of a run that goes on, note its folder and what it has logged."""
+        """Return the checkpoint that ``ckpt_path`` means; note the folder and the log of a run that is resumed."""
         path: str | None = self._get(self.config, "ckpt_path")
         self._version: str | None = None
         if path == "last":
@@ -111,7 +107,7 @@ class DetectorCLI(LightningCLI):
                 sys.stderr.write(f"No checkpoint in the newest run of {self._run_dir()}: starting from scratch\n")
                 return None
             path = str(found[0])
-            sys.stderr.write("".join(f"{damage}\n" for damage in found[1]) + f"Going on from {path}\n")
+            sys.stderr.write("".join(f"{damage}\n" for damage in found[1]) + f"Resuming from {path}\n")
             self._log = read_checkpoint(found[0])["log"]
             self._version = found[0].parent.parent.name if self.subcommand == "fit" else None
         elif path not in (None, "best", "hpc") and "://" not in path:
@@ -125,14 +121,14 @@ class DetectorCLI(LightningCLI):
             kwargs["logger"] = self._loggers()
         plugins = config["plugins"] or []
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
-        config["use_distributed_sampler"] = False  # the data module shares the images out
+        config["use_distributed_sampler"] = False  # the data module distributes the images
         bar = [] if config["enable_progress_bar"] is False else [RichProgressBar()]
         config["callbacks"] = [*bar, LearningRateMonitor("step"), *(config["callbacks"] or [])]
         return super().instantiate_trainer(**kwargs)
 
     def _run_dir(self) -> Path:
         config = Path(str((self._get(self.config, "config") or ["default"])[-1]))
-        # The config.yaml that a run has saved starts another run beside it.
+        # The config.yaml that a run saved starts another run beside it.
         default = config.parent.parent if config.name == "config.yaml" else Path("runs", config.stem)
         return Path(self._get(self.config, "run_dir") or default)
 
@@ -150,101 +146,44 @@ class DetectorCLI(LightningCLI):
         return [board, log]
 
     def after_fit(self) -> None:
-        """Print the COCO AP of the best checkpoint and say where everything is."""
+        """Print the COCO AP of the best checkpoint, what was skipped, and the run folder."""
         if self._get(self.config, "trainer")["fast_dev_run"]:
             return
         monitored = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
         best = next((c.best_model_path for c in monitored if c.best_model_path), None)  # none without a validation
         self.trainer.validate(self.model, datamodule=self.datamodule, ckpt_path=best, weights_only=True)
-        log_dir = self.trainer.log_dir  # on which all processes agree together
+        log_dir = self.trainer.log_dir  # asked for by all processes, because they agree on it together
         if skipped := self.datamodule.skipped:
             ids = ", ".join(f"{image_id} of {split}" for split, image_id in sorted(skipped))
-            count = "1 image was" if len(skipped) == 1 else f"{len(skipped)} images were"
-            sys.stdout.write(f"{count} skipped, as {'it' if len(skipped) == 1 else 'they'} could not be read: {ids}\n")
+            one, many = "1 image was skipped, because it", f"{len(skipped)} images were skipped, because they"
+            sys.stdout.write(f"{one if len(skipped) == 1 else many} could not be read: {ids}\n")
         if self.trainer.is_global_zero:
             if self.model.skipped:
-                sys.stdout.write(f"{self.model.skipped} batches were skipped, as their loss was not finite\n")
+                sys.stdout.write(f"{self.model.skipped} batches were skipped, because their loss was not finite\n")
             sys.stdout.write(f"Run folder: {log_dir}\n")
 
 
 class ConfigCallback(SaveConfigCallback):
-    """Saves the whole config in the run folder, and in every checkpoint as YAML."""
+    """Save the whole config in the run folder, and as YAML in every checkpoint."""
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Put it under the key ``config``."""
+        """Save it under the key ``config``."""
         checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
 
 
-class PreviewCLI(DetectorCLI):
-    """Draw a training batch as the data section of a config mixes it; neither model nor trainer is built."""
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Train or validate as the command line says; a mistake exits with one line.
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(run=False, **kwargs)
+    Args:
+        arguments: Of the command line; those of the process by default.
+        prog: The name of the command in its help.
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Say where the picture goes, how many samples it shows and whether it repeats another."""
-        super().add_arguments_to_parser(parser)
-        parser.add_argument(
-            "--output", default="preview.png", help="The PNG file to write; a JSON record of its mixes goes beside it."
-        )
-        parser.add_argument("--num_images", type=PositiveInt, default=12, help="How many samples to mix and draw.")
-        parser.add_argument(
-            "--replay",
-            default=None,
-            type=str | None,
-            help="A JSON record, of this tool or of a run (pictures/mixed.json): all its samples are mixed and drawn "
-            "as it says. It holds the mix and not the augmentation, so the images are mixed as they are on disk.",
-        )
-        for option in ("ckpt_path", "weights_only"):
-            # The config.yaml that a run has saved holds these of its fit.
-            parser.add_argument(f"--{option}", default=None, help=argparse.SUPPRESS)
-
-    def instantiate_classes(self) -> None:
-        """Build the data alone, mix and draw."""
-        self.output = self.config["output"]
-        parser = LightningArgumentParser()
-        parser.add_lightning_class_args(DetectionData, "data")
-        try:
-            data = parser.instantiate_classes({"data": self.config["data"]})["data"]
-            mixup = MixUp(p=0.0) if data.mixup is None else data.mixup
-            # The epoch that mixes most: a schedule that starts later, or slowly, would leave nothing to see.
-            mixup.set_epoch(max(range(mixup.start, mixup.start + max(1, mixup.ramp)), key=mixup.probability))
-            replay = self.config["replay"]
-            batch = _first_batch(data, self.config["num_images"]) if replay is None else _recorded(data, Path(replay))
-            images, targets = mixup(*batch)
-            path = Path(self.output)
-            write_samples(images, targets, data.class_names, path)
-            write_record(targets, path.with_suffix(".json"))
-        except (ValueError, OSError) as error:
-            self.parser.exit(2, f"error: {error}\n")
+    Returns:
+        The exit status.
+    """
+    DetectorCLI(args=arguments, parser_kwargs={} if prog is None else {"prog": prog})
+    return 0
 
 
-def _first_batch(data: DetectionData, count: int) -> LoadedBatch:
-    data.batch_size, data.num_workers = count, 0
-    batch = data.drop_unreadable(next(iter(data.train_dataloader())), "train")
-    if not batch[0]:
-        raise ValueError(f"num_images of {count} drew images none of which can be read.")
-    return batch
-
-
-def _recorded(data: DetectionData, record: Path) -> tuple[list[Tensor], list[Target], list[Mix]]:
-    image_ids, plan = read_record(record)
-    data.augment = None
-    dataset = data.train_set
-    _, known = CocoFile(dataset.annotations_file).by_id("images")  # in the order of the dataset
-    for i, image_id in enumerate(image_ids):
-        if image_id not in known:
-            raise ValueError(
-                f"image_id of sample {i} of {record} is {image_id}, which is not one of the {len(known)} images of "
-                f"{dataset.annotations_file}."
-            )
-    images, targets = collate([dataset[index] for index in np.searchsorted(known, image_ids)])
-    for image, target in zip(images, targets, strict=True):
-        if image is None:  # the plan names its samples by their place, so none can be left out
-            raise ValueError(target["error"])
-    return images, targets, plan
-
-
-def _as_seed(seed: bool | int) -> int:
-    # True asks Lightning for any seed; what it then draws, a checkpoint keeps.
-    return random.randrange(2**32) if seed is True else int(seed)
+if __name__ == "__main__":
+    sys.exit(main())

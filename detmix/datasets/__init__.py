@@ -1,1 +1,1 @@
-"""Datasets; import them from their modules, so that COCO's tools load only where they are needed."""
+"""Datasets. Import them from their modules, so that COCO's tools are loaded only where they are needed."""

@@ -1,4 +1,4 @@
-"""Draw a small COCO-format set of shapes: data to train on, look at and test with, without a download."""
+"""Draw a small dataset of shapes in COCO format, for demos and tests, without a download."""
 
 import contextlib
 import hashlib
@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import PIL.Image
 
-_VERSION = 1  # raise it with every change of what is drawn, so that sets of older releases are drawn anew
-_MARKER = "shapes.json"  # says what was drawn; written last
+_VERSION = 1  # raised when the drawing changes, so that older datasets are drawn again
+_MARKER = "shapes.json"  # holds the arguments; written last
 _OURS = re.compile(rf"{re.escape(_MARKER)}|images/(train|val)_\d+\.png|annotations/instances_(train|val)\.json")
 
 CLASSES = ("circle", "square", "triangle")
-KEYPOINTS = ("center", "top", "right", "bottom", "left")  # the outermost points: defined for any rotation, and a circle
+KEYPOINTS = ("center", "top", "right", "bottom", "left")  # outermost points exist for any rotation, and for a circle
 SKELETON = ((1, 2), (1, 3), (1, 4), (1, 5))  # COCO counts from 1
 _SIZES = ((128, 128), (96, 120), (120, 96), (112, 112), (96, 128), (128, 96), (96, 96))  # height, width
-_MIN_VISIBLE = 0.5  # of a shape's full area: what shows less is not drawn at all
+_MIN_VISIBLE = 0.5  # of a shape's full area; a shape that shows less is not drawn
 
 Array = npt.NDArray[Any]
 
@@ -32,29 +32,29 @@ Array = npt.NDArray[Any]
 def draw_shapes(root: str | os.PathLike[str], *, num_train: int = 320, num_val: int = 64, seed: int = 0) -> Path:
     """Draw circles, squares and triangles into ``root``, in COCO format with boxes, masks and keypoints.
 
-    Images are 96 to 128 pixels a side, portrait, landscape and square, on textured backgrounds. Colours and textures
-    say nothing of the class. Shapes are 20 to 70 pixels wide, tilted, and hide each other: masks and boxes are of the
-    visible part, and whatever is drawn shows at least half of its area. One image in 20 has no object, one in 10 is
-    crowded (8 to 12 objects), and one in 16 has a cluster of tiny shapes annotated as crowd (``iscrowd=1``).
-    The five keypoints are a shape's center and its outermost points; v is 2 where seen, 1 where hidden by another
-    shape, 0 outside the image.
+    Images have sides of 96 to 128 pixels, portrait, landscape and square, with textured backgrounds. Colours and
+    textures do not depend on the class. Shapes are 20 to 70 pixels wide, tilted, and can hide each other. Masks and
+    boxes cover the visible part, which is at least half of the shape. One image in 20 has no object, one in 10 is
+    crowded (8 to 12 objects), and one in 16 has a cluster of tiny shapes that is annotated as crowd (``iscrowd=1``).
+    The five keypoints are the center of a shape and its outermost points; v is 2 if visible, 1 if hidden by another
+    shape, 0 if outside the image.
 
-    The same arguments give the same bytes (of the same Pillow). A set that is there already is used again; one that is
-    damaged or of other arguments is drawn anew. It is drawn into a temporary folder beside ``root`` and moved there
-    when complete, so interruptions and other processes that draw the same set do no harm.
+    The same arguments and version of Pillow give the same bytes. A dataset that exists is used again; if it is damaged
+    or has other arguments, it is drawn again. The images are drawn into a temporary folder beside ``root``, which is
+    renamed when complete, so interruptions and other processes that draw the same dataset do no harm.
 
     Args:
-        root: the folder; made with its parents if missing.
-        num_train: images of ``annotations/instances_train.json``.
-        num_val: images of ``annotations/instances_val.json``.
-        seed: other seeds give other images.
+        root: Dataset folder; it is made with its parents if missing.
+        num_train: Number of images of ``annotations/instances_train.json``.
+        num_val: Number of images of ``annotations/instances_val.json``.
+        seed: Seed of the images.
 
     Returns:
         ``root``, for ``CocoFolder(draw_shapes(root))``.
 
     Raises:
-        ValueError: a number of images below 1 or a seed below 0.
-        FileExistsError: ``root`` holds files that were not drawn here; nothing is changed.
+        ValueError: if a number of images is below 1, or the seed is below 0.
+        FileExistsError: if ``root`` holds files that were not drawn here; nothing is changed.
 
     Example:
         >>> import tempfile
@@ -88,7 +88,7 @@ def _is_drawn(root: Path, arguments: dict[str, int]) -> bool:
     try:
         marker = json.loads((root / _MARKER).read_text())
         return bool(marker == {**arguments, "sha256": _checksum(root)})
-    except (OSError, ValueError):  # not there, cut short, or moved away by another process
+    except (OSError, ValueError):  # missing, cut short, or moved away by another process
         return False
 
 
@@ -110,24 +110,24 @@ def _refuse_foreign(root: Path) -> None:
     if foreign:
         raise FileExistsError(
             f"root {root} holds {len(foreign)} files or folders that draw_shapes did not make, such as {foreign[0]}; "
-            "expected a new or empty folder, or one that it drew."
+            "expected a new or empty folder, or one that draw_shapes made."
         )
 
 
 def _move(fresh: Path, final: Path, arguments: dict[str, int]) -> None:
-    """Put the complete set in place; other processes may be doing the same."""
+    """Move the complete dataset to its place; other processes may do the same."""
     outdated = fresh.with_suffix(".old")
     for attempts_left in range(4, -1, -1):
         if _is_drawn(final, arguments):
             return
-        with contextlib.suppress(FileNotFoundError):  # nothing is there, or another process has just moved it
+        with contextlib.suppress(FileNotFoundError):  # nothing was there, or another process has just moved it
             _refuse_foreign(final)
             final.rename(outdated)
             shutil.rmtree(outdated, ignore_errors=True)
         try:
             fresh.rename(final)
             return
-        except OSError:  # another process has just put its set there
+        except OSError:  # another process has just moved its dataset there
             if not attempts_left:
                 raise
 
@@ -138,7 +138,7 @@ def _draw_split(root: Path, split: str, number: int, seed: tuple[int, ...]) -> N
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(number):
-        rng = np.random.default_rng([*seed, index])  # one stream an image: a longer set begins with the shorter one
+        rng = np.random.default_rng([*seed, index])  # a stream per image: a longer dataset starts with the shorter
         pixels, objects = _draw_image(rng, index)
         name = f"{split}_{index:05d}.png"
         PIL.Image.fromarray(pixels).save(root / "images" / name, compress_level=4)
@@ -154,13 +154,13 @@ def _draw_split(root: Path, split: str, number: int, seed: tuple[int, ...]) -> N
 
 
 def _draw_image(rng: np.random.Generator, index: int) -> tuple[Array, list[dict[str, Any]]]:
-    """One image, uint8 (H, W, 3), and its annotations. What kind it is depends on the index, so every kind occurs."""
+    """Draw one image, uint8 (H, W, 3), with its annotations; the index decides if it is empty or crowded."""
     height, width = _SIZES[index % len(_SIZES)]
     empty, crowded, cluster = index % 20 == 6, index % 10 == 3, index % 16 == 5
     number = 0 if empty else rng.integers(8, 13) if crowded else rng.integers(1, 6)
     largest = 40 if crowded else 70
     pixels = _texture(rng, height, width)
-    owner = np.full((height, width), -1)  # which shape is seen at a pixel
+    owner = np.full((height, width), -1)  # the shape that is visible at a pixel
     shapes: list[_Shape] = []
     kinds = ["cluster"] * cluster + ["single"] * int(number)
     for kind in kinds:
@@ -179,7 +179,7 @@ def _draw_image(rng: np.random.Generator, index: int) -> tuple[Array, list[dict[
 
 
 class _Shape:
-    """One drawn object: its mask in the image (H, W), its full area and keypoints (K, 2), also beyond the edge."""
+    """Hold one object: its mask in the image (H, W), its full area, and its keypoints (K, 2), also beyond the edge."""
 
     def __init__(self, label: int, mask: Array, area: float, points: Array | None) -> None:
         self.label, self.mask, self.area, self.points = label, mask, area, points
@@ -203,12 +203,12 @@ def _draw_cluster(rng: np.random.Generator, height: int, width: int) -> _Shape:
 
 
 def _angle(rng: np.random.Generator) -> float:
-    """A tilt that leaves no edge level or upright, where the outermost point would be a whole edge."""
+    """Draw a tilt that leaves no edge level or upright, where a whole edge would be outermost."""
     return math.radians(rng.choice([-1, 1]) * rng.uniform(7, 20))
 
 
 def _shape(label: int, center: Array, radius: float, angle: float, height: int, width: int) -> _Shape:
-    """A circle of the radius, or a polygon of about the circle's extent."""
+    """Make a circle of the radius, or a polygon of about its size."""
     y, x = np.mgrid[:height, :width] + 0.5  # pixel centers; coordinates have COCO's origin, the image's corner
     x, y = x - center[0], y - center[1]
     if CLASSES[label - 1] == "circle":
@@ -231,7 +231,7 @@ def _shape(label: int, center: Array, radius: float, angle: float, height: int, 
 
 
 def _annotate(shape: _Shape, visible: Array) -> dict[str, Any]:
-    """The annotation of what is visible of a shape, mask (H, W); coordinates in pixels."""
+    """Annotate the visible part of a shape, mask (H, W); coordinates are in pixels."""
     height, width = visible.shape
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     left, top = int(columns[0]), int(rows[0])
@@ -253,14 +253,14 @@ def _annotate(shape: _Shape, visible: Array) -> dict[str, Any]:
 
 
 def _run_lengths(mask: Array) -> list[int]:
-    """COCO's uncompressed code: lengths of the runs of 0, 1, 0, ... down the columns."""
+    """Return COCO's uncompressed code: lengths of the runs of 0, 1, 0, ... down the columns."""
     pixels = np.concatenate([[0], mask.flatten(order="F")])
     changes = np.flatnonzero(np.diff(pixels))
     return np.diff(changes, prepend=0, append=mask.size).tolist()  # type: ignore[no-any-return]
 
 
 def _paint(rng: np.random.Generator, pixels: Array, mask: Array) -> Array:
-    """The shape in a texture whose mean stands out from what is there."""
+    """Paint a mask with a texture whose mean differs from the pixels behind it."""
     behind = pixels[mask].mean(0)
     while True:
         texture = _texture(rng, *mask.shape)
@@ -269,7 +269,7 @@ def _paint(rng: np.random.Generator, pixels: Array, mask: Array) -> Array:
 
 
 def _texture(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Two colours mixed by a pattern, float (H, W, 3)."""
+    """Mix two colours by a pattern, float (H, W, 3)."""
     y, x = np.mgrid[:height, :width]
     angle, period = rng.uniform(0, math.pi), rng.uniform(6, 24)
     along = x * math.cos(angle) + y * math.sin(angle)

@@ -1,1 +1,1 @@
-"""Training by Lightning: the data module, the module, pictures and the command line."""
+"""Train with Lightning: the module, the data module, callbacks, checkpoints, predictions and the export."""

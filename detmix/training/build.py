@@ -1,5 +1,7 @@
 """Build torchvision's detectors by name."""
 
+import difflib
+import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -11,13 +13,14 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 _log = logging.getLogger(__name__)
-_LISTED = 8  # names in a message: a new head has four
+_LISTED = 8  # names in a message; a new head has four
 
-# Meta-architectures that take any feature pyramid: the ResNet stages and the further levels that torchvision's own
-# builders give each, so that its default anchors fit.
+# Architectures that take any feature pyramid, with the ResNet stages and the extra levels that torchvision's own
+# builders use, so that the default anchors fit.
 _ONE_STAGE = ((2, 3, 4), lambda channels: LastLevelP6P7(channels, channels))
 _TWO_STAGE = ((1, 2, 3, 4), lambda channels: LastLevelMaxPool())
 _ON_PYRAMIDS: dict[str, tuple[Any, tuple[tuple[int, ...], Callable[[int], nn.Module]]]] = {
@@ -30,7 +33,7 @@ _ON_PYRAMIDS: dict[str, tuple[Any, tuple[tuple[int, ...], Callable[[int], nn.Mod
 
 
 def list_detectors() -> list[str]:
-    """The names `build_detector` knows: torchvision's builders, and the classes that take a backbone.
+    """Return the names that `build_detector` takes: torchvision's builders, and classes that take a backbone.
 
     Example:
         >>> "fcos_resnet50_fpn" in list_detectors(), "FCOS" in list_detectors()
@@ -49,22 +52,22 @@ def build_detector(
     fpn_channels: int = 256,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a detector of torchvision: a plain model, its losses not yet weighted.
+    """Build a detector of torchvision, without weighted losses.
 
     Args:
-        name: A builder, such as ``"fasterrcnn_resnet50_fpn"``; or, with ``backbone``, one of the classes ``FCOS``,
-            ``RetinaNet``, ``FasterRCNN``, ``MaskRCNN`` and ``KeypointRCNN``.
-        num_classes: Background, class 0, included.
-        weights: The name of torchvision weights such as ``"DEFAULT"``, or the file of a state dict, for the whole
-            detector. Where they were trained on other classes, all that does not fit stays as initialised, and the log
-            names it.
-        weights_backbone: The name of torchvision weights for the backbone.
-        backbone: A ResNet of torchvision, such as ``"resnet18"``, under a feature pyramid.
-        fpn_channels: Channels of that pyramid, and so of the heads; a multiple of 32.
-        options: Further keyword arguments of the builder or class, such as ``min_size``.
+        name: Builder of torchvision such as ``"fasterrcnn_resnet50_fpn"``. With ``backbone``, one of the classes
+            ``FCOS``, ``RetinaNet``, ``FasterRCNN``, ``MaskRCNN`` and ``KeypointRCNN``.
+        num_classes: Number of classes with the background, class 0.
+        weights: Initial weights of the whole detector: a name of torchvision weights such as ``"DEFAULT"``, or the file
+            of a state dict. Parameters of other shapes, as of a head for other classes, stay randomly initialised and
+            are logged.
+        weights_backbone: Name of torchvision weights for the backbone.
+        backbone: ResNet of torchvision such as ``"resnet18"``, used with a feature pyramid.
+        fpn_channels: Channels of the feature pyramid and of the heads; a multiple of 32.
+        options: More keyword arguments of the builder or class, such as ``min_size``.
 
     Raises:
-        ValueError: if the name is unknown or goes with no such backbone.
+        ValueError: if the name or an option is unknown, or the name does not fit ``backbone``.
         FileNotFoundError: if ``weights`` is a file name and there is no such file.
 
     Example:
@@ -76,28 +79,53 @@ def build_detector(
         raise ValueError(f"detector must be one of {', '.join(list_detectors())}, but it is {name!r}.")
     if (name in _ON_PYRAMIDS) != (backbone is not None):
         raise ValueError(
-            f"backbone goes with {', '.join(_ON_PYRAMIDS)}, and with them only, "
+            f"backbone must be given with {', '.join(_ON_PYRAMIDS)} and with no other detector, "
             f"but detector is {name!r} and backbone is {backbone!r}."
         )
+    if "num_classes" in (options or {}):
+        raise ValueError("options must not hold num_classes, because it is an argument of its own.")
     build = (
         partial(models.get_model, name, weights_backbone=weights_backbone)
         if backbone is None
         else partial(_on_pyramid, name, backbone, weights_backbone, fpn_channels)
     )
     if weights is None:
-        model: nn.Module = build(num_classes=num_classes, **(options or {}))
-        return model
-    if weights.endswith((".pt", ".pth", ".ckpt")):
+        return _build(build, name, num_classes, options)
+    if is_file_name(weights):
         if not Path(weights).is_file():
             raise FileNotFoundError(
                 f"weights must be the name of torchvision weights or a file, but there is no {weights}."
             )
-        model = build(num_classes=num_classes, **(options or {}))
-        return _load_what_fits(model, _read_state_dict(weights))
-    model = models.get_model(name, weights_backbone=None, num_classes=num_classes, **(options or {}))
+        return _load_what_fits(_build(build, name, num_classes, options), _read_state_dict(weights))
+    model = _build(partial(models.get_model, name, weights_backbone=None), name, num_classes, options)
     trained: nn.Module = models.get_model(name, weights=weights, **(options or {}))
-    model.backbone = trained.backbone  # with its frozen batch norms, which a model built without weights does not have
+    model.backbone = trained.backbone  # with frozen batch norms, which a model built without weights lacks
     return _load_what_fits(model, trained.state_dict())
+
+
+def is_file_name(weights: str) -> bool:
+    """Return whether ``weights`` of `build_detector` name a file and not weights of torchvision."""
+    return weights.endswith((".pt", ".pth", ".ckpt"))
+
+
+def _build(build: Callable[..., nn.Module], name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:
+    if not options:
+        return build(num_classes=num_classes)
+    try:
+        model = build(num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ValueError(f"options {options} do not fit {name}: {error}.") from error
+    # torchvision passes keyword arguments on, and its resizing ignores those that it does not know.
+    takers: list[Any] = [*type(model).__mro__, GeneralizedRCNNTransform]
+    if name not in _ON_PYRAMIDS:
+        takers.append(models.get_model_builder(name))
+    known = {key for taker in takers for key in inspect.signature(taker).parameters}
+    for key in options:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "."
+            raise ValueError(f"options must be arguments of {type(model).__name__}, but {key!r} is none{hint}")
+    return model
 
 
 def _on_pyramid(
@@ -134,7 +162,7 @@ def _load_what_fits(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:
     if left := [name for name in names if name not in fits]:
         more = f" and {len(left) - _LISTED} more" if len(left) > _LISTED else ""
         _log.warning(
-            "%d of %d parameters stay as initialised, as weights has none of their name and shape: %s%s",
+            "%d of %d parameters stay as initialised, because weights has none of their name and shape: %s%s",
             len(left),
             len(names),
             ", ".join(left[:_LISTED]),

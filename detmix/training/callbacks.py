@@ -1,7 +1,8 @@
-"""Pictures of a run: what it trained on, how it went and what it found."""
+"""Draw pictures of a run: training samples, curves and predictions."""
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.targets import Target
+from detmix.training.files import write_whole
 from detmix.training.records import write_record
 from detmix.visualize import draw_grid, draw_sample
 
@@ -23,14 +25,14 @@ GROUND_TRUTH, PREDICTION = "#40ff40", "#ff40c0"
 class Pictures(L.Callback):
     """Write PNG files into the run folder's ``pictures/``.
 
-    ``train.png`` shows the first training batch and ``mixed.png`` the first mixed one, boxes coloured by the image they
-    came from and labelled with class and weight; ``mixed.json`` records how the latter was mixed, the whole of it, for
-    ``tools/preview.py --replay``; ``curves.png`` the loss terms and APs so far; ``predictions.png`` validation images
-    in pairs, ground truth (green) on the left and predictions (pink) on the right.
+    ``train.png`` shows the first training batch, and ``mixed.png`` the first mixed batch. Boxes are coloured by the
+    image they came from and labelled with class and weight. ``mixed.json`` records how the whole mixed batch was mixed,
+    for ``tools/preview.py --replay``. ``curves.png`` shows the loss terms and APs so far. ``predictions.png`` shows
+    pairs of validation images: ground truth (green) on the left, predictions (pink) on the right.
 
     Args:
-        num_images: The most images in a grid.
-        min_score: Predictions below this score are not drawn.
+        num_images: Largest number of images in a grid.
+        min_score: Minimum score of predictions that are drawn.
     """
 
     def __init__(self, num_images: int = 12, min_score: float = 0.3) -> None:
@@ -39,12 +41,12 @@ class Pictures(L.Callback):
         self._validated: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
-        """Ask for the run folder where all processes do: they agree on it together."""
+        """Ask for the run folder here, where all processes do, because they agree on it together."""
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "pictures"
 
     @rank_zero_only
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Draw the first batch of training and the first that is mixed."""
+        """Draw the first training batch and the first mixed batch."""
         images, targets = batch
         is_mixed = any(target.get("lam", 1) < 1 for target in targets)
         if images and not (path := self._folder / ("mixed.png" if is_mixed else "train.png")).exists():
@@ -54,14 +56,14 @@ class Pictures(L.Callback):
 
     @rank_zero_only
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
-        """Draw validation images until there are enough."""
+        """Draw validation images until there are ``num_images``."""
         for image, target, prediction in zip(*batch, outputs, strict=True):
             if len(self._validated) < self.num_images:
                 self._validated.append(self._draw(image, target, prediction, pl_module.class_names))
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """Write the predictions, and the curves up to now."""
+        """Write the predictions and the curves so far."""
         if self._validated and not trainer.sanity_checking:
             _write(self._validated, self._folder / "predictions.png", columns=3)
             self.draw_curves(trainer)
@@ -91,8 +93,8 @@ def write_samples(images: Sequence[Tensor], targets: Sequence[Target], class_nam
     Args:
         images: Images ``(3, H_i, W_i)``.
         targets: As many targets or more.
-        class_names: The names of classes 1, 2, ...
-        path: The PNG file to write.
+        class_names: Names of classes 1, 2, ...
+        path: PNG file to write.
     """
     _write([draw_sample(image, target, class_names) for image, target in zip(images, targets, strict=False)], path)
 
@@ -102,7 +104,7 @@ def draw_curves(log: Path, path: Path) -> None:
 
     Args:
         log: ``metrics.csv`` of Lightning's CSVLogger.
-        path: The PNG file to write.
+        path: PNG file to write.
     """
     with log.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -128,10 +130,8 @@ def draw_curves(log: Path, path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
+    write_whole(path, partial(figure.savefig, dpi=100, format="png"))
 
 
 def _write(pictures: Sequence[Tensor], path: Path, columns: int = 4) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    TF.to_pil_image(draw_grid(pictures, columns)).save(path)
+    write_whole(path, partial(TF.to_pil_image(draw_grid(pictures, columns)).save, format="PNG"))

@@ -1,4 +1,4 @@
-"""Read a checkpoint, and the detector in it: no code in it is run, and nothing is downloaded."""
+"""Read a checkpoint and the detector in it, without running code from it and without downloads."""
 
 import inspect
 import pickle
@@ -12,26 +12,27 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
-from detmix.training.build import build_detector
+from detmix.training.build import build_detector, is_file_name
 
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
-"""Builders that set the eps of their batch norms to 0 with their COCO_V1 weights; a state dict does not tell."""
+"""Builders that set the eps of their batch norms to 0 with their COCO_V1 weights, which a state dict does not hold."""
 
 
 def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
-    """Build the detector of a checkpoint, a plain model of torchvision in eval mode on the CPU.
+    """Build the detector of a checkpoint: a torchvision model in eval mode on the CPU.
 
-    The checkpoint is read with ``weights_only=True``, which runs none of its code, and no file that it names is opened.
+    The checkpoint is read with ``weights_only=True``, which runs no code from it. Files that it names are not opened.
 
     Args:
-        path: A checkpoint of `DetectorModule`, such as ``runs/demo/version_0/checkpoints/best.ckpt``.
+        path: Checkpoint of `DetectorModule`, such as ``runs/demo/version_0/checkpoints/best.ckpt``.
 
     Returns:
-        The detector, its losses not weighted, and the names of classes 1, 2, ...
+        The detector, without weighted losses, and the names of classes 1, 2, ...
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds more than tensors and plain values, or is not of a `DetectorModule`.
+        ValueError: if the file is damaged, holds more than tensors and plain values, or is no checkpoint of
+            `DetectorModule`.
 
     Example:
         >>> import tempfile
@@ -61,7 +62,7 @@ def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
     try:
         model = _rebuild(settings, state)
     except (ValueError, TypeError, RuntimeError) as error:
-        first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of a line for each layer
+        first = " ".join(line.strip() for line in str(error).splitlines()[:2])  # of one line per layer
         raise ValueError(
             f"checkpoint {path} does not fit its own detector, {settings['detector']!r}: {first}"
         ) from error
@@ -70,11 +71,11 @@ def load_detector(path: str | Path) -> tuple[nn.Module, tuple[str, ...]]:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint, on the CPU, of tensors and plain values only.
+    """Read a checkpoint of tensors and plain values onto the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or holds more than that.
+        ValueError: if the file is damaged, or holds anything else.
     """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint must be a file, but there is no {path}.")
@@ -85,8 +86,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         reason = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0]
         raise ValueError(
-            f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values, which is not read since "
-            f"it could run any code{reason and f': {reason}'}."
+            f"checkpoint {path} is no checkpoint, or holds more than tensors and plain values; such a file is not "
+            f"read, because it could run any code{reason and f': {reason}'}."
         ) from error
     except (RuntimeError, EOFError, KeyError, ValueError, OSError) as error:
         raise ValueError(f"checkpoint {path} is damaged or no checkpoint: {error or type(error).__name__}.") from error
@@ -96,9 +97,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint that was cut short or changed; ``None`` if nothing is.
+    """Return what is wrong with a checkpoint that was cut short or changed, or ``None``.
 
-    torch writes checksums, but does not compare them.
+    torch writes checksums but does not compare them.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -110,10 +111,10 @@ def find_damage(path: Path) -> str | None:
 
 def _rebuild(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     known = inspect.signature(build_detector).parameters.keys() - {"name", "num_classes"}
-    # All weights are in the state: what training started from is neither downloaded nor read.
+    # All weights are in the state, so the initial weights of the training are neither downloaded nor read.
     arguments = {key: settings[key] for key in known & settings.keys()} | {"weights": None, "weights_backbone": None}
     model = build_detector(settings["detector"], settings["num_classes"], **arguments)
-    # torchvision freezes the batch norms of backbones that start from weights, and a frozen one counts no batches.
+    # torchvision freezes the batch norms of pretrained backbones, and a frozen batch norm does not count batches.
     frozen = [
         name
         for name, module in model.named_modules()
@@ -129,7 +130,7 @@ def _rebuild(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
 
 
 def _has_zero_eps(name: str, weights: str | None) -> bool:
-    if name not in _ZERO_EPS or weights is None or weights.endswith((".pt", ".pth", ".ckpt")):
+    if name not in _ZERO_EPS or weights is None or is_file_name(weights):
         return False
     known = models.get_model_weights(name)
     return bool(known.verify(weights) == known["COCO_V1"])

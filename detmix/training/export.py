@@ -1,6 +1,6 @@
-"""Export a detector of torchvision to ONNX, and check in onnxruntime that it predicts what it does in torch.
+"""Export a detector of torchvision to ONNX, and compare its predictions in onnxruntime and in torch.
 
-Needs the packages onnx and onnxruntime, which ``pip install detmix[export]`` brings.
+The packages onnx and onnxruntime are needed; ``pip install detmix[export]`` installs them.
 """
 
 import copy
@@ -18,24 +18,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from detmix.training.files import write_whole
+
 OPSET = 18
 TOLERANCES = {"boxes": 0.1, "scores": 1e-3, "masks": 1e-2, "keypoints": 1.5, "keypoints_scores": 1e-2}
-"""The largest difference from torch, absolute, that `check_onnx` takes for rounding: boxes and keypoints in pixels.
+"""Largest absolute differences from torch that `check_onnx` takes for rounding; boxes and keypoints in pixels.
 
-A keypoint is the pixel where a heatmap is highest; of two neighbours that are as high, rounding chooses. Masks may be
-a pixel apart.
+A keypoint is the highest pixel of a heatmap, and rounding chooses between two equal neighbours. Masks may be one pixel
+apart.
 """
 
 
 class Parity(NamedTuple):
-    """How far onnxruntime is from torch.
+    """Hold the differences between onnxruntime and torch.
 
     Attributes:
-        images: How many were compared.
-        detections: How many torch found in them.
-        differences: The largest absolute difference of ``boxes`` (pixels), ``scores`` and whatever else the detector
-            returns, over detections that have a counterpart: one of the same label, boxes within the tolerance.
-        unmatched: Detections of either without a counterpart.
+        images: Number of images that were compared.
+        detections: Number of detections of torch in them.
+        differences: Largest absolute difference of ``boxes`` (pixels), of ``scores`` and of all else that the detector
+            returns, between detections and their counterparts. A counterpart has the same label, and its box is within
+            the tolerance.
+        unmatched: Number of detections of either side without a counterpart.
     """
 
     images: int
@@ -45,25 +48,25 @@ class Parity(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether each detection has its counterpart and no difference is over its tolerance."""
+        """Return whether all detections have counterparts and all differences are within their tolerances."""
         return self.unmatched == 0 and all(value <= TOLERANCES[key] for key, value in self.differences.items())
 
 
 def export_onnx(model: nn.Module, class_names: Sequence[str]) -> bytes:
-    """Export a detector to an ONNX model, which takes one image of any height and width.
+    """Export a detector to an ONNX model that takes one image of any height and width.
 
-    The input ``image`` is float32 ``(3, H, W)``, RGB in [0, 1]: resizing, normalisation and non-maximum suppression are
-    in the model. Its outputs are those of torchvision for one image: ``boxes`` ``(N, 4)``, XYXY in pixels, ``labels``
-    and ``scores`` ``(N,)``, and ``masks`` ``(N, 1, H, W)`` or ``keypoints`` ``(N, K, 3)`` and ``keypoints_scores``. Its
-    metadata say which label is what: ``class_names`` is the json of a list that label 1 is the first of. Label 0, the
-    background, can come from FCOS and RetinaNet, as in torch; it is no object.
+    The input ``image`` is float32 ``(3, H, W)``, RGB in [0, 1]. Resizing, normalisation and non-maximum suppression are
+    part of the model. The outputs are those of torchvision for one image: ``boxes`` ``(N, 4)``, XYXY in pixels,
+    ``labels`` and ``scores`` ``(N,)``, and ``masks`` ``(N, 1, H, W)`` or ``keypoints`` ``(N, K, 3)`` and
+    ``keypoints_scores``. The metadata hold ``class_names``, the json of a list whose first name is that of label 1.
+    FCOS and RetinaNet can return label 0, the background, as in torch; skip these detections.
 
     Args:
-        model: A detector of torchvision.
-        class_names: The names of classes 1, 2, ...
+        model: Detector of torchvision.
+        class_names: Names of classes 1, 2, ...
 
     Returns:
-        The ONNX model, to be written into a file.
+        The bytes of an ONNX file.
 
     Raises:
         ValueError: if the detector cannot be exported.
@@ -91,9 +94,9 @@ def export_onnx(model: nn.Module, class_names: Sequence[str]) -> bytes:
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
             file = Path(folder, "model.onnx")
-            # Of the exporter's age, and of all values that become constants; `check_onnx` is what tells.
+            # The exporter is deprecated, and warns of values that become constants; `check_onnx` finds real errors.
             warnings.simplefilter("ignore")
-            # The newer exporter, dynamo=True, takes no detector: how many boxes there are depends on the image.
+            # The newer exporter, dynamo=True, cannot export detectors: the number of boxes depends on the image.
             torch.onnx.export(
                 one,
                 (image,),
@@ -116,20 +119,24 @@ def export_onnx(model: nn.Module, class_names: Sequence[str]) -> bytes:
 
 
 def check_onnx(content: bytes, model: nn.Module, images: Iterable[Tensor]) -> Parity:
-    """Compare what an ONNX model finds in images, in onnxruntime on the CPU, to what the detector finds in torch.
+    """Compare the predictions of an ONNX model in onnxruntime, on the CPU, to those of the detector in torch.
 
-    Detections are compared in pairs of one label, whatever their order, since equal scores have none. One without a
-    counterpart is let pass only where its score is a tolerance from where both stop. A detector that has hardly been
-    trained can fail: it scores many boxes alike, and which of those are kept is a matter of their order.
+    Detections are compared in pairs of the same label in any order, because the order of equal scores is arbitrary. A
+    detection without a counterpart is accepted only if its score is within the tolerance of the lowest score that is
+    kept. A detector that is hardly trained can fail: it gives many boxes equal scores, and rounding decides which of
+    them are kept.
 
     Args:
         content: What `export_onnx` returned.
-        model: The detector it was given, in eval mode on the CPU.
-        images: Images float32 ``(3, H_i, W_i)`` in [0, 1]; in some of them the detector should find something.
+        model: The detector that was exported, in eval mode on the CPU.
+        images: Images float32 ``(3, H_i, W_i)`` in [0, 1]. The detector should find something in some of them.
+
+    Raises:
+        ValueError: if an output has another shape than in torch.
 
     Example:
         >>> from detmix.training.build import build_detector
-        >>> _ = torch.manual_seed(0)  # of untrained detectors, one in many has scores that are too much alike
+        >>> _ = torch.manual_seed(0)  # some untrained detectors have scores that are too similar
         >>> options = {"min_size": 64, "max_size": 96}
         >>> model = build_detector("FasterRCNN", 3, backbone="resnet18", fpn_channels=32, options=options).eval()
         >>> images = [torch.rand(3, 40, 50), torch.rand(3, 70, 60)]
@@ -138,7 +145,7 @@ def check_onnx(content: bytes, model: nn.Module, images: Iterable[Tensor]) -> Pa
         (2, True)
     """
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of shapes that it found for itself
+    options.log_severity_level = 3  # onnxruntime warns of shapes that it infers
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     stop: Any = getattr(model, "roi_heads", model)
@@ -163,20 +170,16 @@ def check_onnx(content: bytes, model: nn.Module, images: Iterable[Tensor]) -> Pa
 
 
 def write_onnx(content: bytes, path: str | Path) -> None:
-    """Write an ONNX model into a file, whole or not at all; its folder is made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_bytes(content)
-    fresh.replace(path)
+    """Write an ONNX model into a file, whole or not at all. The folder is made if it is missing."""
+    write_whole(Path(path), lambda file: file.write(content))
 
 
 def _pair(expected: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[tuple[list[int], list[int]], list[Tensor]]:
-    """Indices of detections that are each other's, and the scores of those that are nobody's."""
+    """Return the indices of pairs of counterparts, and the scores of detections without a counterpart."""
     apart = (expected["boxes"][:, None] - got["boxes"]).abs().amax(2)  # (N, M)
     apart[expected["labels"][:, None] != got["labels"]] = torch.inf
     apart[apart > TOLERANCES["boxes"]] = torch.inf
-    # Two that share box and label are told apart by their scores.
+    # Scores tell detections of the same box and label apart.
     cost = apart + (expected["scores"][:, None] - got["scores"]).abs()
     first, second = [], []
     for i in range(len(cost)):
@@ -191,9 +194,9 @@ def _pair(expected: dict[str, Tensor], got: dict[str, Tensor]) -> tuple[tuple[li
 
 
 def _mask_gap(first: Tensor, second: Tensor) -> Tensor:
-    """How far each pixel is from the range of its neighbourhood in the other mask.
+    """Return how far each pixel is from the range of its neighbourhood in the other mask.
 
-    torchvision pastes masks into whole pixels, so a box that rounding moves across one takes its mask along.
+    torchvision pastes masks into whole pixels, so a box that rounding moves across a pixel moves its mask.
     """
     if not first.numel():
         return first
@@ -202,7 +205,7 @@ def _mask_gap(first: Tensor, second: Tensor) -> Tensor:
 
 
 class _OneImage(nn.Module):
-    """A detector that takes one image and returns its tensors, the three that all have first."""
+    """Take one image and return a tuple of tensors: boxes, labels, scores, then the others."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -226,13 +229,13 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 class _Resize(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """torchvision's, which rounds the new size in float64; what it traces for ONNX does so in float32, a pixel off."""
+    """Compute the new size in float64, as torchvision does; its own ONNX code uses float32 and can be a pixel off."""
 
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         if self.fixed_size is not None:
             return super().resize(image, target)  # type: ignore[no-any-return]
         size = torch._shape_as_tensor(image)[-2:].double()
-        # In tensors of one dimension, since the exporter computes with those of none in float32.
+        # Tensors of one dimension, because the exporter computes with tensors of no dimension in float32.
         limits = torch.tensor([self.min_size[-1], self.max_size], dtype=torch.float64)
         scale = (limits / torch.stack([size.min(), size.max()])).amin(0, keepdim=True)
         new: Any = (size * scale).floor().long().unbind()  # tensors, for the trace to keep

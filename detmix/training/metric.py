@@ -1,4 +1,4 @@
-"""COCO AP over several processes."""
+"""Compute COCO AP over several processes."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torchmetrics.detection import MeanAveragePrecision
 
 
 class GatheredAP(MeanAveragePrecision):
-    """torchmetrics' AP, for processes that have seen different numbers of images.
+    """Compute torchmetrics' AP when the processes have seen different numbers of images.
 
-    torchmetrics gathers one image of each process after the other, and stops where one has none left. Here each process
-    gets all images, those of process 0 first: the order of one process that has seen them all.
+    torchmetrics gathers one image of each process at a time, and stops when one process has no more. Here each process
+    gets all images, those of process 0 first, in the order in which one process would see them.
     """
 
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:

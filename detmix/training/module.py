@@ -1,4 +1,4 @@
-"""The Lightning module: a torchvision detector with weighted losses, trained by SGD or AdamW, judged by COCO AP."""
+"""The Lightning module: a torchvision detector with weighted losses, SGD or AdamW, and COCO AP."""
 
 import fnmatch
 import math
@@ -20,7 +20,7 @@ from detmix.training.build import build_detector
 from detmix.training.metric import GatheredAP
 from detmix.training.records import write_record
 
-# COCO's twelve figures by COCO's names, and what torchmetrics calls them.
+# COCO's names of its twelve figures, with torchmetrics' names.
 COCO_FIGURES = dict(
     zip(
         ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
@@ -32,38 +32,40 @@ COCO_FIGURES = dict(
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss of a batch is NaN or infinite; the message names its images."""
+    """Raised when the loss of a batch is NaN or infinite; the message names the images."""
 
 
 class DetectorModule(L.LightningModule):
     """Train and validate a detector of torchvision.
 
     Args:
-        detector: A builder of torchvision such as ``fcos_resnet50_fpn``, or, with ``backbone``, one of the classes
-            FCOS, RetinaNet, FasterRCNN, MaskRCNN and KeypointRCNN.
-        num_classes: Background included; taken from the data on the command line.
-        class_names: The names of classes 1, 2, ...; taken from the data on the command line.
-        weights: Name of torchvision weights, or file of a state dict, to start the whole detector from.
-        weights_backbone: Name of torchvision weights to start the backbone from.
-        backbone: A ResNet of torchvision such as ``resnet18``.
-        fpn_channels: Channels of the feature pyramid over ``backbone`` and of the heads.
-        options: Further arguments of torchvision's builder or class, such as ``min_size``.
-        weighted: Whether the losses heed ``target["weights"]``. Without, mixed images train a stock loss.
+        num_classes: Number of classes with the background. The command line takes it from the data.
+        class_names: Names of classes 1, 2, ... The command line takes them from the data.
+        detector: Builder of torchvision such as ``fcos_resnet50_fpn``. With ``backbone``, one of the classes FCOS,
+            RetinaNet, FasterRCNN, MaskRCNN and KeypointRCNN.
+        weights: Initial weights of the whole detector: a name of torchvision weights, or the file of a state dict.
+        weights_backbone: Initial weights of the backbone: a name of torchvision weights.
+        backbone: ResNet of torchvision such as ``resnet18``.
+        fpn_channels: Channels of the feature pyramid on ``backbone`` and of the heads.
+        options: More arguments of torchvision's builder or class, such as ``min_size``.
+        weighted: Whether the losses use ``target["weights"]``. If false, mixed images train torchvision's own losses.
         optimizer: SGD with momentum 0.9, or AdamW.
-        lr: The highest learning rate.
-        weight_decay: Of the optimizer.
-        warmup_steps: Optimizer steps over which the learning rate rises from a thousandth of its value.
-        schedule: How it falls after that: ``cosine`` to 0, or by 10 at each of ``milestones``.
+        lr: Highest learning rate.
+        weight_decay: Weight decay.
+        warmup_steps: Optimizer steps in which the learning rate rises from 0.001 of its value to the whole.
+        schedule: How the learning rate falls after the warm-up: ``cosine`` to 0, or ``multistep``, by a factor of 10 at
+            each of ``milestones``.
         milestones: Shares of the whole training, 0 to 1, or optimizer steps, above 1.
-        decay_vectors: Whether weight decay counts for parameters of one dimension too: biases, and scales of norms.
+        decay_vectors: Whether weight decay also applies to parameters of one dimension: biases and scales of norms.
         freeze: Patterns of names of parameters that are not trained, such as ``backbone.body.layer1.*``.
         freeze_batch_norm: Keep the statistics, scales and biases of batch norms as they were loaded.
-        on_nonfinite: What to do about a batch whose loss is NaN or infinite: ``stop``, or ``skip`` it as if it had not
-            been there, and say at the end how many were skipped. How it was mixed is recorded in the run folder's
-            ``nonfinite/``, for ``tools/preview.py --replay``.
+        on_nonfinite: What to do with a batch whose loss is NaN or infinite. ``stop`` ends the run. ``skip`` leaves the
+            batch out, and the number of skipped batches is printed at the end. Both record how the batch was mixed in
+            the run folder's ``nonfinite/``, for ``tools/preview.py --replay``.
 
     Raises:
-        ValueError: if a pattern of ``freeze`` fits no parameter; and as `build_detector`.
+        ValueError: if an argument is out of range, if a pattern of ``freeze`` fits no parameter, or if
+            `build_detector` raises it.
     """
 
     def __init__(
@@ -89,6 +91,11 @@ class DetectorModule(L.LightningModule):
         on_nonfinite: Literal["stop", "skip"] = "stop",
     ) -> None:
         super().__init__()
+        if lr <= 0:
+            raise ValueError(f"lr must be positive, but it is {lr}.")
+        for name, number in (("weight_decay", weight_decay), ("warmup_steps", warmup_steps)):
+            if number < 0:
+                raise ValueError(f"{name} must not be negative, but it is {number}.")
         self.save_hyperparameters()
         self.class_names = list(class_names or map(str, range(1, num_classes)))
         self.model = build_detector(
@@ -121,7 +128,7 @@ class DetectorModule(L.LightningModule):
         self.metric.warn_on_many_detections = False  # COCO's own limit of 100 is what is meant
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
-        """The sum of torchvision's loss terms, each logged."""
+        """Return the sum of torchvision's loss terms, and log each term."""
         images, targets = batch
         losses: dict[str, Tensor] = self.model(images, targets) if images else {}  # none could be read
         loss = torch.stack([*losses.values()]).sum() if losses else self._nothing()
@@ -132,30 +139,30 @@ class DetectorModule(L.LightningModule):
             return loss
         message = self._describe(losses, targets)
         if self.hparams["on_nonfinite"] == "stop":
-            raise NonFiniteLossError(f"{message} --model.on_nonfinite skip goes on without such batches.")
+            raise NonFiniteLossError(f"{message} To go on without such batches, use --model.on_nonfinite skip.")
         return self._skip(message)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Keep what a batch that is to be skipped may change before its loss is known."""
+        """Keep the statistics of batch norms, in case the batch is skipped after the forward pass has changed them."""
         if self.hparams["on_nonfinite"] == "skip":
             self._statistics = [buffer.clone() for buffer in self.model.buffers()]
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Take no step, neither of momentum nor of decay, if all batches since the last one were skipped."""
+        """Prevent the step, with its momentum and decay, if all batches since the last step were skipped."""
         if self._is_step_skipped:
             optimizer.zero_grad(set_to_none=True)
         self._is_step_skipped = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the number of batches that were skipped."""
+        """Save the number of skipped batches."""
         checkpoint["skipped"] = self.skipped
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting."""
+        """Restore the number of skipped batches."""
         self.skipped = checkpoint.get("skipped", 0)
 
     def train(self, mode: bool = True) -> "DetectorModule":
-        """Switch to training, in which batch norms that are frozen take no part."""
+        """Switch to training, but keep frozen batch norms in evaluation."""
         super().train(mode)
         if self.hparams["freeze_batch_norm"]:
             for norm in self._batch_norms():
@@ -163,14 +170,14 @@ class DetectorModule(L.LightningModule):
         return self
 
     def on_fit_start(self) -> None:
-        """Find the run folder while all processes are at the same place."""
+        """Ask for the run folder here, where all processes do, because they agree on it together."""
         self._folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
 
     def _everywhere(self, decision: bool) -> bool:
         return self._trainer is None or self.trainer.strategy.reduce_boolean_decision(decision)
 
     def _describe(self, losses: dict[str, Tensor], targets: list[Target]) -> str:
-        """Record the batch of this process, and say what was seen of it."""
+        """Record the batch of this process, and describe its loss and its images."""
         name = f"step_{self.trainer.global_step}_rank_{self.global_rank}.json"
         write_record(targets, path := self._folder / "nonfinite" / name)
         terms = ", ".join(f"{name} {float(value.detach()):.3g}" for name, value in losses.items())
@@ -180,7 +187,7 @@ class DetectorModule(L.LightningModule):
     def _skip(self, message: str) -> Tensor:
         nothing = self._nothing()
         if not torch.isfinite(nothing.detach()):
-            raise NonFiniteLossError(f"{message} Skipping cannot help, as the weights themselves are not finite.")
+            raise NonFiniteLossError(f"{message} Skipping does not help: the parameters of the model are not finite.")
         rank_zero_warn(f"{message} The batch is skipped.")
         self.skipped += 1
         for buffer, value in zip(self.model.buffers(), self._statistics, strict=True):
@@ -188,7 +195,7 @@ class DetectorModule(L.LightningModule):
         return nothing
 
     def _nothing(self) -> Tensor:
-        """0, of all parameters, as processes that train together wait for the gradient of each."""
+        """Return a loss of 0 that depends on all parameters: other processes wait for the gradient of each."""
         return torch.stack([(parameter * 0).sum() for parameter in self.model.parameters()]).sum()
 
     def _freeze(self, patterns: Sequence[str]) -> None:
@@ -197,8 +204,8 @@ class DetectorModule(L.LightningModule):
             names = fnmatch.filter(named, pattern)
             if not names:
                 raise ValueError(
-                    f"freeze must fit names of parameters, but {pattern!r} fits none of the {len(named)}, such as "
-                    f"{', '.join(list(named)[:3])}."
+                    f"freeze must hold patterns of parameter names, but {pattern!r} fits none of the {len(named)}, "
+                    f"such as {', '.join(list(named)[:3])}."
                 )
             for name in names:
                 named[name].requires_grad_(False)
@@ -207,7 +214,7 @@ class DetectorModule(L.LightningModule):
         return [module for module in self.model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
     def validation_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Any:
-        """Predict, and hand predictions and targets to COCO evaluation."""
+        """Predict, and add predictions and targets to the COCO evaluation."""
         images, targets = batch
         predictions: list[dict[str, Tensor]] = self.model(images) if images else []
         self.metric.update([_for_metric(p) for p in predictions], [_for_metric(t) for t in targets])
@@ -215,7 +222,7 @@ class DetectorModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log COCO's twelve figures and the AP of each class."""
-        figures = self.metric.compute()  # of all processes, so that each logs the same
+        figures = self.metric.compute()  # gathers from all processes, so that all log the same
         self.metric.reset()
         log = partial(self.log, sync_dist=True, reduce_fx="max")
         for prefix in ("segm_", "bbox_") if "segm_map" in figures else ("",):
@@ -229,7 +236,7 @@ class DetectorModule(L.LightningModule):
                 log(f"val/{kind}AP/{name}", per_class.get(label, torch.tensor(-1.0)).float())
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all parameters that train, and its schedule by steps."""
+        """Return the optimizer of all parameters that are trained, and its schedule by steps."""
         hp = self.hparams
         trained = [p for p in self.model.parameters() if p.requires_grad]
         parameters: list[Any] = trained
@@ -247,20 +254,20 @@ class DetectorModule(L.LightningModule):
             warmup=hp["warmup_steps"],
             milestones=hp["milestones"] if hp["schedule"] == "multistep" else None,
         )
-        # A function of the step alone: a run that goes on with more epochs follows the longer schedule.
+        # A function of the step alone: a run that is resumed with more epochs follows the longer schedule.
         schedule = lr_scheduler.LambdaLR(optimizer, share)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def lr_share(step: int, *, total: int, warmup: int, milestones: Sequence[float] | None) -> float:
-    """The share of the highest learning rate at a step: a linear rise from 0.001, then a cosine or falls by 10.
+    """Return the share of the highest learning rate at a step: a linear rise from 0.001, then a cosine or falls by 10.
 
     Args:
-        step: The optimizer step, from 0.
+        step: Optimizer step, from 0.
         total: Steps of the whole training.
-        warmup: Steps of the rise; at most half of the training is spent on it.
-        milestones: Shares of the training, or above 1 steps, at which it falls by 10; ``None`` for a cosine to 0
-            [arXiv:1608.03983].
+        warmup: Steps of the rise; at most half of the training is used.
+        milestones: Where the rate falls by a factor of 10: shares of the training, 0 to 1, or steps, above 1. ``None``
+            for a cosine to 0 [arXiv:1608.03983].
 
     Example:
         >>> [round(lr_share(step, total=110, warmup=10, milestones=None), 3) for step in (0, 10, 60, 110)]

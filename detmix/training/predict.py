@@ -1,8 +1,8 @@
-"""Predict with a trained detector: images in, COCO results and drawn pictures out."""
+"""Predict with a trained detector, and write COCO results and pictures."""
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import draw_keypoints, draw_segmentation_masks
 
 from detmix.datasets.coco.folder import CocoFolder
-from detmix.datasets.coco.table import CocoFile
+from detmix.training.files import write_json, write_whole
 from detmix.visualize import draw_sample
 
 Prediction = dict[str, Tensor]
@@ -26,15 +26,15 @@ _COLORS = [to_hex(color) for color in colormaps["tab10"].colors]  # type: ignore
 
 
 def list_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = None) -> list[Path]:
-    """The image files among files and in folders, each once, sorted.
+    """List image files, each once, sorted.
 
     Args:
-        paths: Files, taken whatever they are called, and folders, searched with all folders in them for files that are
-            called as images are.
-        leave_out: A folder that is not searched.
+        paths: Files, which are taken whatever their suffix, and folders, which are searched with their subfolders for
+            files with the suffix of an image.
+        leave_out: Folder that is not searched.
 
     Raises:
-        FileNotFoundError: if one of the paths does not exist, or there is no image at all.
+        FileNotFoundError: if a path does not exist, or there is no image.
 
     Example:
         >>> import tempfile
@@ -55,28 +55,30 @@ def list_images(paths: Iterable[str | Path], *, leave_out: str | Path | None = N
                 found.setdefault(file.resolve(), file)
     if not found:
         raise FileNotFoundError(
-            f"images must be files or folders that hold {', '.join(IMG_EXTENSIONS)}, but there are none in "
+            f"images must be files, or folders that hold {', '.join(IMG_EXTENSIONS)}, but there are none in "
             f"{', '.join(map(str, paths))}."
         )
     return sorted(found.values())
 
 
-def make_table(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
-    """Number files and classes from 1 in COCO's form; only the headers of the images are read.
+def make_content(files: Sequence[Path], class_names: Sequence[str], report: Report) -> dict[str, Any]:
+    """Make the content of a COCO json for image files, with image and category ids from 1.
+
+    Only the headers of the images are read.
 
     Args:
-        files: The image files.
-        class_names: The names of classes 1, 2, ...
-        report: Called with a message for each file that is no image; it has no record, but its number.
+        files: Image files.
+        class_names: Names of classes 1, 2, ...
+        report: Called with a message for each file that is no image. Its id is not used for another file.
 
     Returns:
         ``info`` with the ``images_folder`` that holds all files; ``images`` (``id``, ``file_name`` in that folder,
-        ``width``, ``height``); ``categories`` (``id``, ``name``); and no ``annotations``.
+        ``width``, ``height``); ``categories`` (``id``, ``name``); and an empty list of ``annotations``.
 
     Example:
-        >>> table = make_table([Path("no/such.png")], ["cat"], print)
+        >>> content = make_content([Path("no/such.png")], ["cat"], print)
         no/such.png cannot be read: [Errno 2] No such file or directory: 'no/such.png'
-        >>> table["images"], table["categories"]
+        >>> content["images"], content["categories"]
         ([], [{'id': 1, 'name': 'cat'}])
     """
     folder = Path()
@@ -106,22 +108,22 @@ def predict(
     num_workers: int = 0,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[Tensor, int, Prediction]]:
-    """Predict on every image of a dataset, in order; targets are not looked at.
+    """Predict on every image of a dataset, in order, without its targets.
 
-    A detector of torchvision pads the images of a batch to one size, which moves predictions a little; those of a batch
-    of 1 depend on no other image.
+    A detector of torchvision pads the images of a batch to one size, which moves predictions a little. With a
+    ``batch_size`` of 1, a prediction does not depend on other images.
 
     Args:
-        model: A detector of torchvision, in eval mode and on ``device``.
-        dataset: Its images, without transforms.
-        report: Called with a message for each image that cannot be read; the others go on.
-        batch_size: Images a batch.
-        num_workers: Processes that read images; with 0 this one does.
-        device: Where the model is.
+        model: Detector of torchvision, in eval mode and on ``device``.
+        dataset: Dataset of the images; its transforms are not used.
+        report: Called with a message for each image that cannot be read and is left out.
+        batch_size: Images per batch.
+        num_workers: Processes that read images; 0 reads them in the main process.
+        device: Device of the model.
 
     Yields:
-        The image, uint8 ``(3, H, W)``, its COCO id and its prediction, of which the boxes are XYXY in its pixels and
-        no label is 0, the background; all on the CPU.
+        The image, uint8 ``(3, H, W)``, its COCO id and its prediction, all on the CPU. Boxes are XYXY in pixels of the
+        image. Detections of label 0, the background, are left out.
 
     Example:
         >>> import tempfile
@@ -146,7 +148,7 @@ def predict(
         with torch.inference_mode():
             predictions = model([TF.to_dtype(image.to(device), torch.float32, scale=True) for image, _ in read])
         for (image, image_id), prediction in zip(read, predictions, strict=True):
-            objects = prediction["labels"] > 0  # FCOS and RetinaNet score the background as a class of its own
+            objects = prediction["labels"] > 0  # FCOS and RetinaNet also predict the background
             yield image, image_id, {key: value[objects].cpu() for key, value in prediction.items()}
 
 
@@ -156,11 +158,11 @@ def draw_prediction(
     """Draw boxes, masks and keypoints of a prediction into its image, coloured by class.
 
     Args:
-        image: uint8 ``(3, H, W)``.
+        image: Image, uint8 ``(3, H, W)``.
         prediction: What a detector of torchvision returns.
-        class_names: The names of classes 1, 2, ...
-        min_score: Predictions below this score are not drawn.
-        size: The longer side of the picture, in pixels.
+        class_names: Names of classes 1, 2, ...
+        min_score: Minimum score of predictions that are drawn.
+        size: Longer side of the picture, in pixels.
 
     Returns:
         The picture, uint8 ``(3, H', W')``.
@@ -172,7 +174,7 @@ def draw_prediction(
         torch.Size([3, 50, 100])
     """
     keep = prediction["scores"] >= min_score
-    found = {key: value[keep].flip(0) for key, value in prediction.items()}  # the best are drawn last, on top
+    found = {key: value[keep].flip(0) for key, value in prediction.items()}  # the highest scores are drawn last, on top
     found["source"] = found["labels"] - 1
     colors = [_COLORS[k % len(_COLORS)] for k in range(len(class_names))]
     if keep.any() and "masks" in found:
@@ -198,20 +200,20 @@ def write_predictions(
 ) -> list[int]:
     """Predict on every image of a dataset and write ``predictions.json`` and ``pictures/``.
 
-    The json is a list of COCO results, as ``pycocotools.coco.COCO.loadRes`` takes it, of all that the detector returns.
-    It is written whole or not at all, and last.
+    The json is a list of COCO results with all that the detector returns, for ``pycocotools.coco.COCO.loadRes``. It is
+    written last, whole or not at all.
 
     Args:
-        model: A detector of torchvision, in eval mode.
-        dataset: Its images, which also say what image and category ids are.
-        output: The folder to write into.
-        report: Called with a message for each image that cannot be read; the others go on.
-        min_score: Predictions below this score are not drawn; all are in the json.
-        pictures: Whether to draw.
-        options: Of `predict`.
+        model: Detector of torchvision, in eval mode.
+        dataset: Dataset of the images; the results have its image and category ids.
+        output: Folder to write into.
+        report: Called with a message for each image that cannot be read and is left out.
+        min_score: Minimum score of predictions that are drawn; the json holds all predictions.
+        pictures: Whether to draw pictures.
+        options: Other arguments of `predict`.
 
     Returns:
-        The ids of the images that were predicted on.
+        The ids of the images that were read.
 
     Example:
         >>> import tempfile
@@ -226,7 +228,7 @@ def write_predictions(
         ([1, 2], ['train_00000.png', 'train_00001.png'])
     """
     output = Path(output)
-    files = {row["id"]: row["file_name"] for row in CocoFile(dataset.annotations_file).rows["images"]}
+    files = dict(zip(dataset.image_ids.tolist(), dataset.file_names, strict=True))
     targets = _picture_paths(files) if pictures else {}
     results: list[dict[str, Any]] = []
     ids = []
@@ -235,30 +237,14 @@ def write_predictions(
         results += dataset.to_coco(image_id, prediction)
         if pictures:
             path = output / "pictures" / targets[image_id]
-            path.parent.mkdir(parents=True, exist_ok=True)
             picture = TF.to_pil_image(draw_prediction(image, prediction, dataset.class_names, min_score=min_score))
-            fresh = path.with_name(f"{path.name}.tmp")
-            picture.save(fresh, "PNG")
-            fresh.replace(path)
+            write_whole(path, partial(picture.save, format="PNG"))
     write_json(results, output / "predictions.json")
     return ids
 
 
-def write_json(content: Any, path: Path) -> None:
-    """Write a json file, whole or not at all.
-
-    Args:
-        content: What ``json.dumps`` takes.
-        path: The file; its folder is made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text(json.dumps(content) + "\n")
-    fresh.replace(path)
-
-
 class _Readable(Dataset[Any]):
-    """The images of a dataset with their ids, or a message in place of one that cannot be read."""
+    """Read the images of a dataset with their ids; return a message for an image that cannot be read."""
 
     def __init__(self, dataset: CocoFolder) -> None:
         self.dataset = dataset
@@ -268,14 +254,14 @@ class _Readable(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int] | str:
         try:
-            image, target = self.dataset[index]
-        except Exception as error:  # Pillow's readers raise what they like on a damaged file
+            image = self.dataset.read_image(index)
+        except (OSError, ValueError) as error:
             return str(error)
-        return image.as_subclass(Tensor), target["image_id"]
+        return image.as_subclass(Tensor), int(self.dataset.image_ids[index])
 
 
 def _picture_paths(files: dict[int, str]) -> dict[int, PurePath]:
-    """A PNG's path inside the output folder for each image id: the image's own, less the folder that all share."""
+    """Return the path of each image's picture in the output folder: its own path below the folder that all share."""
     absolute = {image_id: os.path.abspath(file) for image_id, file in files.items()}
     shared = os.path.commonpath([os.path.dirname(file) for file in absolute.values()])
     paths: dict[int, PurePath] = {}

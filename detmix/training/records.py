@@ -1,4 +1,4 @@
-"""Records of how batches were mixed, as JSON."""
+"""Write and read JSON records of how batches were mixed."""
 
 import json
 import sys
@@ -8,48 +8,47 @@ from typing import Any
 
 from detmix.mixing.plan import Mix
 from detmix.targets import Target
+from detmix.training.files import write_whole
 
 
 def write_record(targets: Sequence[Target], path: Path) -> None:
-    """Record how a batch was mixed, one JSON object a sample, whole or not at all.
+    """Record how a batch was mixed, as one JSON object per sample. The file is written whole or not at all.
 
     Args:
-        targets: All mixed targets of the batch, since a partner is an index among them.
-        path: The JSON file to write.
+        targets: All mixed targets of the batch, because a partner is an index among them.
+        path: JSON file to write.
     """
     ids = [None if (image_id := target.get("image_id")) is None else int(image_id) for target in targets]
     plan = [Mix.of(target) if "lam" in target else Mix() for target in targets]
-    # A partner that is no index among the targets, as a MixUpDataset's, must not end a training.
+    # The partner of a MixUpDataset is no index among the targets; it must not end a training.
     partner_ids = [ids[mix.partner] if 0 <= mix.partner < len(ids) else None for mix in plan]
     samples = [
         {"image_id": image_id, "partner_image_id": partner_id, **mix._asdict()}
         for image_id, partner_id, mix in zip(ids, partner_ids, plan, strict=True)
     ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f"{path.name}.tmp")
-    fresh.write_text("[\n" + ",\n".join(f"  {json.dumps(sample)}" for sample in samples) + "\n]\n")
-    fresh.replace(path)
+    text = "[\n" + ",\n".join(f"  {json.dumps(sample)}" for sample in samples) + "\n]\n"
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def read_record(path: Path) -> tuple[list[int], list[Mix]]:
     """Read what `write_record` wrote.
 
     Args:
-        path: The JSON file.
+        path: JSON file to read.
 
     Returns:
         The image ids of the batch, and its plan.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: naming the sample, the key, its value and what was expected, if it does not hold a record.
+        ValueError: if the file holds no record. The message names the sample, the key, its value and what is expected.
     """
     try:
         samples = json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid json: {error}.") from error
     if not (isinstance(samples, list) and samples and all(isinstance(sample, dict) for sample in samples)):
-        raise ValueError(f"{path} must hold the record of a mixed batch, a list of one object a sample.")
+        raise ValueError(f"{path} must hold the record of a mixed batch, a list of one object per sample.")
     for i, sample in enumerate(samples):
         _check_record(sample, samples, f"sample {i} of {path}")
     return [sample["image_id"] for sample in samples], [Mix.of(sample) for sample in samples]

@@ -1,6 +1,6 @@
-"""Which samples a batch has and what is drawn for them, as functions of seed, epoch and place alone.
+"""Make the samples of a batch and their random numbers depend only on the seed, the epoch and the index.
 
-So a run that was killed goes on from any batch, and the number of workers changes nothing.
+A run can therefore resume at any batch, and the number of workers does not change it.
 """
 
 import random
@@ -17,11 +17,11 @@ Key = tuple[int, int]
 
 
 class SeededDataset(Dataset[Any]):
-    """A dataset in which every sample is drawn with a seed of its own.
+    """Wrap a dataset so that every sample has its own seed.
 
     Args:
-        dataset: A map-style dataset, which may draw from the generators of torch, numpy and Python.
-        seed: The seed of the run.
+        dataset: Map-style dataset that may use the global generators of torch, numpy and Python.
+        seed: Seed of the run.
 
     Example:
         >>> class Noise(Dataset):
@@ -39,7 +39,7 @@ class SeededDataset(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Any:
-        """The sample of ``(epoch, index)``."""
+        """Return the sample of ``(epoch, index)``."""
         epoch, index = key
         with isolate_rng(include_cuda=False):
             set_seed(self.seed, epoch, index)
@@ -47,12 +47,12 @@ class SeededDataset(Dataset[Any]):
 
 
 class EpochBatchSampler(BatchSampler):
-    """Batches of ``(epoch, index)``, of which the first pass may leave out those that a run has had.
+    """Yield batches of ``(epoch, index)``; the first pass can start in the middle of an epoch.
 
     Args:
-        sampler: Gives indices and knows the epoch; Lightning tells it which.
-        batch_size: Indices a batch. The last, smaller batch is left out.
-        start: The batch that the first pass begins with.
+        sampler: Sampler of indices; Lightning sets its epoch.
+        batch_size: Indices per batch. A last, smaller batch is left out.
+        start: Batch that the first pass starts with.
 
     Example:
         >>> indices = DistributedSampler(range(5), num_replicas=1, rank=0, shuffle=False)
@@ -74,8 +74,8 @@ class EpochBatchSampler(BatchSampler):
 
 
 def set_seed(*key: int) -> None:
-    """Seed the generators of torch, numpy and Python by numbers from 0 up, all of which count."""
+    """Seed the global generators of torch, numpy and Python with a key of several numbers from 0 up."""
     words = np.random.SeedSequence(key).generate_state(4)
     torch.manual_seed(int(words[0]) << 32 | int(words[1]))
-    np.random.seed(int(words[2]))  # noqa: NPY002  it is this generator that others draw from
+    np.random.seed(int(words[2]))  # noqa: NPY002  other libraries use this generator
     random.seed(int(words[3]))

@@ -423,7 +423,7 @@ def test_a_masked_sample_and_its_partner_must_fit():
     ("changes", "message"),
     [
         ({"image": None}, r"mixup_metadata must have .* has no \['image'\]"),
-        ({"bboxes": None}, r"mixup_metadata must have .* if need be empty, but has no \['bboxes'\]"),
+        ({"bboxes": None}, r"mixup_metadata must have .* which may be empty, but has no \['bboxes'\]"),
         ({"image": np.zeros((12, 6, 3), np.float32)}, "image of mixup_metadata .* dtype .* uint8, but has float32"),
         ({"image": np.zeros((12, 6, 4), np.uint8)}, r"image of mixup_metadata .* channels .* \(3,\), but has \(4,\)"),
         ({"image": np.zeros((12, 6), np.uint8)}, r"image of mixup_metadata .* channels .* \(3,\), but has \(\)"),
@@ -513,7 +513,7 @@ def test_a_sample_that_cannot_be_mixed_is_named(more, message):
         ({"lam": 1.5}, "lam .* is 1.5"),
         ({"lam": float("nan")}, "lam .* is nan"),
         ({"lam": (0.6, 0.4)}, r"lam .* is \(0.6, 0.4\)"),
-        ({"p": 2}, "p is a probability .* is 2"),
+        ({"p": 2}, "p must be a probability .* is 2"),
     ],
 )
 def test_a_setting_out_of_range_is_named(settings, message):

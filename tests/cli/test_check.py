@@ -119,11 +119,11 @@ def test_each_mistake_is_one_line(monkeypatch, capsys, tmp_path):
         f"{root} --annotations other.json": "other.json is missing; json files there: ",
         f"{root} --annotations broken.json": "broken.json is not valid json",
         f"{root} --images pictures": "pictures is not a folder",
-        f"{root} --fix {tmp_path}/full": "full is there already",
+        f"{root} --fix {tmp_path}/full": "full exists already",
         f"{root} --fix {root}/clean": "is inside",
         f"{root} --json {tmp_path}/nowhere/report.json": "cannot be written; is its folder there?",
-        f"{root} --json {tmp_path}/full": "is a folder",
-        f"{root} --workers 0": "must be a whole number of at least 1, but is 0",
+        f"{root} --json {tmp_path}/full": "expected a file, but",
+        f"{root} --workers 0": "expected a whole number of at least 1, but it is '0'",
     }.items():
         assert said in failure(monkeypatch, capsys, line), line
 

@@ -90,8 +90,14 @@ def test_the_comparison_is_on_the_images_that_are_given_or_on_drawn_ones(options
 @pytest.mark.parametrize(
     ("parity", "message"),
     [
-        (Parity(2, 9, {"boxes": 3.0, "scores": 0.0}, 0), "Not written: they differ, and 0 detections have no counter"),
-        (Parity(2, 9, {"boxes": 0.0, "scores": 0.0}, 4), "Not written: they differ, and 4 detections have no counter"),
+        (
+            Parity(2, 9, {"boxes": 3.0, "scores": 0.0}, 0),
+            "Not written: the predictions differ, and 0 detections have no counter",
+        ),
+        (
+            Parity(2, 9, {"boxes": 0.0, "scores": 0.0}, 4),
+            "Not written: the predictions differ, and 4 detections have no counter",
+        ),
         (Parity(2, 0, {"boxes": 0.0, "scores": 0.0}, 0), "Not written: nothing was found to compare; give images"),
     ],
 )
@@ -132,7 +138,7 @@ def test_a_mistake_is_one_line_and_status_2(line, message, run, quick, tmp_path)
 def test_packages_that_are_missing_are_named(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "detmix.training.export", None)
     status, _, err = run("best.ckpt")
-    assert (status, err) == (2, "error: detmix.training.export is missing; pip install detmix[export] brings it.\n")
+    assert (status, err) == (2, "error: detmix.training.export is missing; install it by pip install detmix[export].\n")
 
 
 def test_an_older_file_stays_where_there_is_no_parity(run, quick, folder, tmp_path):

@@ -148,8 +148,14 @@ def test_files_that_cannot_be_read_are_named_and_the_status_is_1(run, checkpoint
         ("best.ckpt images/a.png --annotations val.json", "with --annotations, images must be the one folder"),
         ("best.ckpt images empty --annotations val.json", "with --annotations, images must be the one folder"),
         ("best.ckpt images --min_score high", "argument --min_score: invalid float value: 'high'"),
-        ("best.ckpt images --batch_size 0", "argument --batch_size: expected 1 or more, but it is 0"),
-        ("best.ckpt images --num_workers -1", "argument --num_workers: expected 0 or more, but it is -1"),
+        (
+            "best.ckpt images --batch_size 0",
+            "argument --batch_size: expected a whole number of at least 1, but it is '0'",
+        ),
+        (
+            "best.ckpt images --num_workers -1",
+            "argument --num_workers: expected a whole number of at least 0, but it is '-1'",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(arguments, message, run, checkpoint, shapes, tmp_path):
@@ -181,5 +187,5 @@ def test_memory_that_runs_out_is_a_mistake_too(run, checkpoint, shapes, monkeypa
     def refuse(*_, **__):
         raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(predict, "write_predictions", refuse)
+    monkeypatch.setattr("detmix.training.predict.write_predictions", refuse)
     assert run(checkpoint, shapes / "images")[::2] == (2, "error: Tried to allocate 2 GiB\n")

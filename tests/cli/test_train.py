@@ -14,7 +14,8 @@ import torch
 import yaml
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from detmix.cli.train import NOISE, DetectorCLI, PreviewCLI
+from detmix.cli import preview as preview_command
+from detmix.cli.train import NOISE, DetectorCLI
 from detmix.datasets.shapes import draw_shapes
 from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule
@@ -35,7 +36,7 @@ pytestmark = [
 
 def command(monkeypatch, tool, line):
     monkeypatch.setattr("sys.argv", [tool, *line.split()])
-    return PreviewCLI() if tool == "preview.py" else DetectorCLI()
+    return preview_command.main() if tool == "preview.py" else DetectorCLI()
 
 
 def failure(monkeypatch, capsys, line, tool="train.py"):
@@ -173,6 +174,12 @@ def test_the_same_seed_gives_the_same_losses(run, shapes, monkeypatch, tmp_path)
         ("--data.mixup.start 9", "stop must be no epoch before start, 9, but it is 4"),
         ("--model.lr fast", "Expected a <class 'float'>. Got value: fast"),
         ("--model.learning_rate 1", "unrecognized arguments: --model.learning_rate"),
+        ("--model.lr -1", "lr must be positive, but it is -1.0"),
+        ("--model.options.max_sizee 64", "options must be arguments of FasterRCNN, .* did you mean max_size"),
+        ("--model.options.num_classes 3", "options must not hold num_classes"),
+        ("--data.batch_size 0", "batch_size must be at least 1, but it is 0"),
+        ("--data.batch_size 9", "batch_size must be at most the 8 training images, but it is 9"),
+        ("--data.num_workers -1", "num_workers must be at least 0, but it is -1"),
     ],
 )
 def test_a_mistake_is_one_message_without_a_traceback(mistake, message, shapes, monkeypatch, capsys):
@@ -217,11 +224,12 @@ def test_help_describes_every_option(monkeypatch, capsys):
 def test_preview_draws_without_training(shapes, monkeypatch, tmp_path, capsys):
     output = tmp_path / "deep/preview.png"
     line = f"--config {DEMO} --data.root {shapes} --num_images 6 --output {output}"
-    assert command(monkeypatch, "preview.py", line).output == str(output)
+    assert command(monkeypatch, "preview.py", line) == 0
+    assert capsys.readouterr().out == f"Drew {output}; {output.with_suffix('.json')} records the mixes\n"
     with PIL.Image.open(output) as picture:
         assert picture.mode == "RGB"
     said = failure(monkeypatch, capsys, f"--config {DEMO} --data.root {shapes} --num_images 9", "preview.py")
-    assert "batch_size must be at most the 8 training images, but is 9" in said
+    assert "batch_size must be at most the 8 training images, but it is 9" in said
 
 
 PLAIN = "--data.augment []"
@@ -336,9 +344,9 @@ def fit(monkeypatch, root, run_dir, options):
     ("names", "summary"),
     [
         pytest.param(
-            ["train_00001"], "1 image was skipped, as it could not be read: 2 of train\n", marks=pytest.mark.slow
+            ["train_00001"], "1 image was skipped, because it could not be read: 2 of train\n", marks=pytest.mark.slow
         ),
-        (["train_00001", "val_00001"], "2 images were skipped, as they could not be read: 2 of train, 2 of val\n"),
+        (["train_00001", "val_00001"], "2 images were skipped, because they could not be read: 2 of train, 2 of val\n"),
     ],
 )
 def test_a_run_goes_on_without_unreadable_images_and_names_each_once(
@@ -365,7 +373,8 @@ def test_batches_without_a_readable_image_do_not_end_a_run(monkeypatch, tmp_path
     assert len([warning for warning in said if "is skipped" in str(warning.message)]) == 3
     assert cli.trainer.global_step == 4
     assert (
-        "3 images were skipped, as they could not be read: 1 of train, 2 of train, 1 of val" in capsys.readouterr().out
+        "3 images were skipped, because they could not be read: 1 of train, 2 of train, 1 of val"
+        in capsys.readouterr().out
     )
 
 
@@ -399,7 +408,7 @@ def test_a_preview_of_nothing_that_can_be_read_is_one_line(monkeypatch, tmp_path
     line = f"--config {DEMO} --data.root {root} --num_images 1 --data.unreadable skip --output {tmp_path / 'p.png'}"
     with pytest.warns(UserWarning, match="image 1 is skipped"):
         said = failure(monkeypatch, capsys, line, "preview.py")
-    assert said == "num_images of 1 drew images none of which can be read."
+    assert said == "none of the 1 images of the batch can be read."
     assert not (tmp_path / "p.png").exists()
 
 

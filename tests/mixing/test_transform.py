@@ -36,8 +36,7 @@ def lams(mixup, batches=500, size=8):
 
 
 @given(
-    counts=st.lists(st.integers(0, 3), max_size=5),
-    options=st.sampled_from([{}, {"p": 0.5}, {"box_weights": "first"}]),
+    counts=st.lists(st.integers(0, 3), max_size=5), options=st.sampled_from([{}, {"p": 0.5}, {"box_weights": "first"}])
 )
 def test_every_target_says_how_its_sample_was_mixed(counts, options):
     images, targets = batch(counts)

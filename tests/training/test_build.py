@@ -48,9 +48,9 @@ def test_names_nobody_knows_are_named():
         build_detector("yolo", 3)
     with pytest.raises(ValueError, match=r"backbone must be one of resnet101, .*, but it is 'vgg16'"):
         build_detector("FCOS", 3, backbone="vgg16")
-    with pytest.raises(ValueError, match=r"backbone goes with FCOS.* but detector is 'FCOS' and backbone is None"):
+    with pytest.raises(ValueError, match=r"backbone must be given with FCOS.* detector is 'FCOS' and backbone is None"):
         build_detector("FCOS", 3)
-    with pytest.raises(ValueError, match=r"backbone goes with .* 'fcos_resnet50_fpn' and backbone is 'resnet18'"):
+    with pytest.raises(ValueError, match=r"backbone must be given .* 'fcos_resnet50_fpn' and backbone is 'resnet18'"):
         build_detector("fcos_resnet50_fpn", 3, backbone="resnet18")
     with pytest.raises(FileNotFoundError, match=r"there is no missing\.pth"):
         build_detector("FCOS", 3, backbone="resnet18", weights="missing.pth")
@@ -66,7 +66,7 @@ def test_a_weights_file_for_other_classes_gives_all_that_fits(tmp_path, caplog):
     count = len(list(model.parameters()))
     head = "head.classification_head.cls_logits"
     assert caplog.messages == [
-        f"2 of {count} parameters stay as initialised, as weights has none of their name and shape: "
+        f"2 of {count} parameters stay as initialised, because weights has none of their name and shape: "
         f"{head}.weight, {head}.bias"
     ]
     state, source = model.state_dict(), trained.state_dict()

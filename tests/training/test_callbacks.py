@@ -104,11 +104,10 @@ def test_an_interrupted_write_leaves_the_record_that_was_there(sample, monkeypat
     write_record(targets, tmp_path / "mixed.json")
     before = (tmp_path / "mixed.json").read_bytes()
 
-    def fill_the_disk(path, text):
-        path.write_bytes(text.encode()[: len(text) // 2])
+    def fill_the_disk(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    monkeypatch.setattr(Path, "replace", fill_the_disk)  # after all was written aside
     with pytest.raises(OSError, match="no space left"):
         write_record(targets[:2], tmp_path / "mixed.json")
     assert (tmp_path / "mixed.json").read_bytes() == before
@@ -191,7 +190,7 @@ def test_a_mistake_in_a_record_is_named(mistake, message, sample, tmp_path):
     [
         (b"[{", "mixed.json is not valid json: Expecting"),
         (b"\xff", "mixed.json is not valid json: 'utf-8' codec"),
-        (b"{}", "mixed.json must hold the record of a mixed batch, a list of one object a sample"),
+        (b"{}", "mixed.json must hold the record of a mixed batch, a list of one object per sample"),
         (b"[]", "must hold the record"),
         (b"[1]", "must hold the record"),
         (

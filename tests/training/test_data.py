@@ -107,7 +107,7 @@ def test_splits_of_different_categories_are_an_error(shapes, tmp_path):
 
 
 def test_a_batch_larger_than_the_data_is_an_error(shapes):
-    with pytest.raises(ValueError, match="batch_size must be at most the 8 training images, but is 9"):
+    with pytest.raises(ValueError, match="batch_size must be at most the 8 training images, but it is 9"):
         make(shapes, batch_size=9).train_dataloader()
 
 

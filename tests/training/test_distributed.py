@@ -123,7 +123,7 @@ def test_two_processes_go_on_where_they_were_stopped(pair, shapes, tmp_path):
     stopper = ["--trainer.callbacks+=tests.training.recording.Stopper", "--trainer.callbacks.step", "3"]
     run(["fit", *options, *stopper], processes=2, succeeds=False)
     said = run(["fit", *options], processes=2)
-    assert "Going on from" in said
+    assert "Resuming from" in said
     found, wanted = (
         torch.load(folder / "version_0/checkpoints/last.ckpt", weights_only=True) for folder in (tmp_path, pair[0])
     )

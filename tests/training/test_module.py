@@ -234,7 +234,7 @@ def test_of_accumulated_batches_the_finite_ones_count(tmp_path):
 def test_where_the_weights_are_not_finite_skipping_stops_too(tmp_path):
     module = make(on_nonfinite="skip")
     module.model.head.classification_head.cls_logits.bias.data.fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError, match="Skipping cannot help, as the weights themselves are not finite"):
+    with pytest.raises(NonFiniteLossError, match="Skipping does not help: the parameters of the model are not finite"):
         fit(module, [batch()], tmp_path)
 
 
@@ -252,7 +252,7 @@ def test_frozen_parameters_are_not_trained():
     prefixes = tuple(f"backbone.body.{name}" for name in ("conv1", "layer1", "layer2"))
     assert frozen == {name for name, _ in module.model.named_parameters() if name.startswith(prefixes)}
     with pytest.raises(
-        ValueError, match=r"freeze must fit names of parameters, but 'neck.\*' fits none of the .* such"
+        ValueError, match=r"freeze must hold patterns of parameter names, but 'neck.\*' fits none of the .* such"
     ):
         make(freeze=["neck.*"])
 

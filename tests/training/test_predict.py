@@ -12,12 +12,12 @@ from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.datasets.coco.folder import CocoFolder
+from detmix.training.files import write_json
 from detmix.training.predict import (
     draw_prediction,
     list_images,
-    make_table,
+    make_content,
     predict,
-    write_json,
     write_predictions,
 )
 from detmix.visualize import draw_sample
@@ -125,7 +125,7 @@ def test_images_are_found_in_folders_once_and_sorted(folder):
 
 def test_what_cannot_be_read_is_named_and_the_others_go_on(folder, tmp_path):
     said = []
-    table = make_table(list_images([folder]), ["a", "b", "c"], said.append)
+    table = make_content(list_images([folder]), ["a", "b", "c"], said.append)
     assert [(row["id"], Path(row["file_name"]).name) for row in table["images"]] == [
         *((1, "cat.png"), (2, "broken.png"), (3, "cat.jpg"), (4, "cat.png"), (5, "dog.png"))
     ]
@@ -177,11 +177,11 @@ def test_masks_and_keypoints_are_drawn(key):
 def test_a_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     write_json([1], tmp_path / "deep/out.json")
 
-    def half(path, text):
-        path.write_bytes(text.encode()[:2])
+    def full(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "replace", full)  # after all was written aside
     with pytest.raises(OSError, match="disk full"):
         write_json([1, 2, 3], tmp_path / "deep/out.json")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out.json"]
     assert json.loads((tmp_path / "deep/out.json").read_text()) == [1]

@@ -102,7 +102,7 @@ def test_a_truncated_checkpoint_costs_the_steps_since_the_one_before_it(drawn, l
     last.write_bytes(last.read_bytes()[:-2000])
     assert train(drawn, tmp_path)[0] == ("step", 5)
     said = capsys.readouterr().err
-    assert re.search(r"last.ckpt is damaged: .*\nGoing on from .*previous.ckpt", said)
+    assert re.search(r"last.ckpt is damaged: .*\nResuming from .*previous.ckpt", said)
     assert_same(tmp_path / "version_0", left_alone[0], 6)
 
 
@@ -189,12 +189,12 @@ def test_a_process_that_is_told_to_stop_saves_the_step_it_is_in(number, drawn, l
     os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    (stopped,) = re.findall(r"Stopped after step (\d+); --ckpt_path last goes on from there", said)
+    (stopped,) = re.findall(r"Stopped after step (\d+); --ckpt_path last resumes there", said)
     last = tmp_path / "version_0/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == int(stopped) >= 9
     said, _ = (process := start(drawn, tmp_path)).communicate(timeout=400)
     assert process.returncode == 0, said
-    assert f"Going on from {last}" in said
+    assert f"Resuming from {last}" in said
     assert_same(tmp_path / "version_0", long_run, 30)
 
 

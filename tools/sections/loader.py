@@ -28,8 +28,9 @@ MOST = 512  # of a folder's images: a pass over all of COCO would take minutes
 class PillowFolder(CocoFolder):
     """Decodes all images by Pillow, as torchvision's datasets do, where `CocoFolder` has a faster way for JPEGs."""
 
-    def _decode(self, path: Path, size: Size) -> tv_tensors.Image:
-        with PIL.Image.open(path) as picture:
+    def read_image(self, index: int) -> tv_tensors.Image:
+        """Read an image by Pillow."""
+        with PIL.Image.open(self.images_folder / self.file_names[index]) as picture:
             return TF.to_image(picture.convert("RGB"))
 
 

@@ -1,4 +1,4 @@
-"""Every defect of a COCO-format set, by the rules that `CocoFolder` refuses it by, and a look at every pixel."""
+"""Find every defect of a dataset in COCO format by the rules of `CocoFolder`, and decode every image."""
 
 import os
 from collections import Counter
@@ -15,39 +15,41 @@ from detmix.datasets.coco.defects import Defect, some
 from detmix.datasets.coco.folder import find_files
 from detmix.datasets.coco.images import as_defect, check_header, read_header, read_orientation, read_rgb, split_missing
 from detmix.datasets.coco.objects import read_objects
-from detmix.datasets.coco.table import CocoFile, Images
+from detmix.datasets.coco.table import CocoTable, Images
 
 MODES = {"1": "grey", "L": "grey", "LA": "grey", "CMYK": "CMYK", "I": "16 bits", "F": "16 bits"}
-"""The kind of what is read as RGB of 8 bits, by Pillow's mode up to a semicolon."""
+"""The kind of defect of images that are converted to RGB of 8 bits, by Pillow's mode."""
 
 
 class Check(NamedTuple):
-    """What is wrong with one annotations file and its images."""
+    """Hold what is wrong with one annotations file and its images."""
 
-    table: CocoFile
+    table: CocoTable
     images_folder: Path
     defects: list[Defect]
     options: dict[str, bool | None]
-    """``masks`` and ``keypoints``, as they were asked for."""
+    """The arguments ``masks`` and ``keypoints`` of `check_folder`."""
 
     @property
     def annotations_file(self) -> Path:
-        """The json."""
+        """Return the json file."""
         return self.table.file
 
     @property
     def errors(self) -> list[Defect]:
-        """Those defects that training refuses or goes on without."""
+        """Return the defects that training refuses, or that it loses annotations to."""
         return [defect for defect in self.defects if defect.severity == "error"]
 
     @property
     def lost(self) -> dict[str, npt.NDArray[np.bool_]]:
-        """Which records of ``images``, ``annotations`` and ``categories`` have to go, annotations with their image."""
-        rows, lost = self.table.rows, self.table.lost
-        there = {record["id"] for record, gone in zip(rows["images"], lost["images"].tolist(), strict=True) if not gone}
+        """Return which records a clean copy is without, by section: annotations are lost with their image."""
+        records, lost = self.table.records, self.table.lost
+        there = {
+            record["id"] for record, gone in zip(records["images"], lost["images"].tolist(), strict=True) if not gone
+        }
         annotations = [
             gone or record["image_id"] not in there
-            for record, gone in zip(rows["annotations"], lost["annotations"].tolist(), strict=True)
+            for record, gone in zip(records["annotations"], lost["annotations"].tolist(), strict=True)
         ]
         return {**lost, "annotations": np.array(annotations, dtype=bool)}
 
@@ -61,21 +63,21 @@ def check_folder(
     keypoints: bool | None = None,
     workers: int = 1,
 ) -> Check:
-    """Find every defect of a folder in COCO format, where `CocoFolder` stops at the first.
+    """Find every defect of a folder in COCO format; `CocoFolder` stops at the first.
 
-    The json is read once, and every image is decoded. Crowd boxes are checked as well.
+    The json is read once, and every image is decoded. Crowd boxes are checked too.
 
     Args:
-        root: the folder.
-        annotations: the json file, relative to ``root``.
-        images: the folder that the json's file names start from, relative to ``root``.
-        masks: False leaves masks unchecked, True requires one of every annotation; see `CocoFolder`.
-        keypoints: the same for keypoints.
-        workers: threads that decode images.
+        root: Dataset folder.
+        annotations: The json file, relative to ``root``.
+        images: Image folder, from which the json's file names start, relative to ``root``.
+        masks: True requires a mask of every annotation, False ignores masks; see `CocoFolder`.
+        keypoints: True requires keypoints of every annotation, False ignores keypoints.
+        workers: Threads that decode images.
 
     Raises:
-        FileNotFoundError: the folder or the json is missing.
-        ValueError: the file is no json, or has not COCO's three lists.
+        FileNotFoundError: if the folder or the json is missing.
+        ValueError: if the file is no json, or lacks one of COCO's three lists.
 
     Example:
         >>> import json, tempfile
@@ -96,17 +98,16 @@ def check_folder(
     file, folder = find_files(Path(root), annotations, images)
     defects: list[Defect] = []
     options = {"masks": masks, "keypoints": keypoints}
-    table = CocoFile(file, defects.append)
+    table = CocoTable(file, defects.append)
     listed = check_records(table, options)
     found = list(_check_images(file, folder, listed, workers))
     for defect in found:
-        if defect.loses:
-            table.lost["images"][list(defect.rows)] = True
+        table.mark_lost(defect)
     return Check(table, folder, defects + found, options)
 
 
-def check_records(table: CocoFile, options: dict[str, bool | None]) -> Images:
-    """Report all that is wrong with the json alone, and give its images."""
+def check_records(table: CocoTable, options: dict[str, bool | None]) -> Images:
+    """Report all defects of the json, without its image files, and return its images."""
     categories, images = table.categories(), table.images()
     read_objects(table, images, categories, crowd=True, masks=options["masks"], keypoints=options["keypoints"])
     return images
@@ -121,7 +122,7 @@ def _check_images(file: Path, folder: Path, images: Images, workers: int) -> Ite
     missing, there = split_missing(file, folder, images)
     if missing:
         yield missing
-    PIL.Image.init()  # all formats, which the threads would register over each other
+    PIL.Image.init()  # registers all formats, before the threads do it at the same time
 
     def check(n: int) -> list[tuple[str, str]]:
         return list(_check_image(folder / images.names[n], folder.resolve(), images.sizes[n].tolist(), file))
@@ -133,7 +134,7 @@ def _check_images(file: Path, folder: Path, images: Images, workers: int) -> Ite
 
 
 def _check_image(path: Path, folder: Path, size: list[int], file: Path) -> Iterator[tuple[str, str]]:
-    """What is wrong with a file, as kinds and messages."""
+    """Yield what is wrong with a file, as kinds and messages."""
     if not path.resolve().is_relative_to(folder):
         yield "link", f"{path} leads to {path.resolve()}."
     wrong = check_header(path, size, file)
@@ -150,7 +151,7 @@ def _check_image(path: Path, folder: Path, size: list[int], file: Path) -> Itera
     if kind := "16 bits" if ";16" in header.mode else MODES.get(header.mode):
         yield kind, f"{path} is of mode {header.mode}."
     suffix = PIL.Image.registered_extensions().get(path.suffix.lower(), header.format)
-    if suffix != header.format and {suffix, header.format} != {"JPEG", "MPO"}:  # MPO is a JPEG with a second one
+    if suffix != header.format and {suffix, header.format} != {"JPEG", "MPO"}:  # MPO is JPEG with a second image
         yield "mislabelled", f"{path} is {header.format}, not {suffix}."
     if not wrong and (orientation := read_orientation(path)) != 1:
         yield "orientation", f"{path} has EXIF orientation {orientation}; it is of the json's size as it is stored."

@@ -1,18 +1,18 @@
-"""What can be wrong with a COCO-format set, and what training does about it: one table for reader and checker."""
+"""List what can be wrong with a dataset in COCO format, and what training does about it."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 
 class Kind(NamedTuple):
-    """One kind of defect."""
+    """Describe one kind of defect."""
 
     text: str
     """What is wrong."""
     training: Literal["refuses", "leaves out", "copes"]
-    """What `CocoFolder` does: raises, goes on without the annotation and warns, or reads it all the same."""
+    """What `CocoFolder` does: it raises, or leaves the annotation out and warns, or reads it anyway."""
     cure: str = ""
-    """What becomes of the record in a cleaned copy; without a cure an error is left out, a warning left alone."""
+    """What a clean copy does to the record. Without a cure, an error is left out and a warning is kept."""
 
 
 KINDS = {
@@ -66,55 +66,55 @@ KINDS = {
 
 
 class Defect(NamedTuple):
-    """One mistake, of one record or of several that share it."""
+    """Hold one mistake of one record, or of several records."""
 
     kind: str
     """A key of `KINDS`."""
-    table: str
+    section: str
     """``images``, ``annotations`` or ``categories``."""
     rows: tuple[int, ...]
-    """Where the records stand in the file's list, from 0."""
+    """Positions of the records in their section, from 0."""
     ids: tuple[Any, ...]
-    """Their ids; None for a record without one."""
+    """Ids of the records; None for a record without an id."""
     message: str
-    """File, record, value and what was expected."""
+    """The file, the record, its value and what is expected."""
 
     @property
     def loses(self) -> bool:
-        """Whether a cleaned copy is without the records."""
+        """Return whether a clean copy leaves the records out."""
         return self.severity == "error" and not KINDS[self.kind].cure
 
     @property
     def severity(self) -> Literal["error", "warning"]:
-        """An error is what training refuses or goes on without."""
+        """Return ``"error"`` for what training refuses or leaves out, else ``"warning"``."""
         return "warning" if KINDS[self.kind].training == "copes" else "error"
 
 
 Report = Callable[[Defect], None]
-"""What is called with each defect as it is found; raise, or return to go on."""
+"""A function that is called with each defect; it raises to stop, or returns to go on."""
 
 
 def refuse(defect: Defect) -> None:
-    """Raise what training does not go on with.
+    """Raise an error for a defect that training refuses.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: any other defect that training refuses.
+        FileNotFoundError: if a file is missing.
+        ValueError: for any other defect that training refuses.
     """
     if KINDS[defect.kind].training == "refuses":
         raise (FileNotFoundError if defect.kind == "missing file" else ValueError)(defect.message)
 
 
 def short(value: object) -> str:
-    """The ``repr``, cut where it is long."""
+    """Return the ``repr``, cut if it is long."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def some(values: list[Any]) -> str:
-    """The first values, and how many more there are."""
+    """Return the first values in words, and how many more there are."""
     more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
     return ", ".join(map(str, values[:LISTED])) + more
 
 
-LISTED = 10  # how many offenders a message lists
+LISTED = 10  # values that a message lists

@@ -1,4 +1,4 @@
-"""Read a COCO-format folder as (image, target) with torchvision's keys, every annotation checked at construction."""
+"""Read a folder in COCO format as (image, target) with torchvision's keys, and check every annotation."""
 
 import operator
 import os
@@ -14,14 +14,13 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from detmix.datasets.coco.defects import LISTED, refuse
-from detmix.datasets.coco.images import check_files as find_defective
-from detmix.datasets.coco.images import read_rgb
+from detmix.datasets.coco.images import find_defective_files, read_rgb
 from detmix.datasets.coco.objects import read_objects
-from detmix.datasets.coco.table import CocoFile, Images, Record
+from detmix.datasets.coco.table import CocoTable, Images, Record
 
 
 class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
-    """A folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
+    """Read a folder in COCO format: ``dataset[i]`` is ``(image, target)`` as torchvision's detectors take them.
 
     The image is a ``tv_tensors.Image``, uint8 ``(3, H, W)``, RGB. The target's keys, for N objects:
 
@@ -30,36 +29,40 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
     - ``masks``: ``tv_tensors.Mask``, uint8 ``(N, H, W)``, and ``keypoints``: float32 ``(N, K, 3)``, where annotated;
     - ``area``: float32 ``(N,)``, square pixels; ``iscrowd``: int64 ``(N,)``; ``image_id``: int, the COCO id.
 
-    Images come in the order of their ids; those without objects stay in, with N = 0. Whatever is wrong with the file
-    shows at construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) or
-    wholly outside their image are left out, and boxes that reach out of it by more than a pixel are clipped, with one
-    warning for all; less than a pixel is clipped silently. File names cannot lead out of the folder of images; symbolic
-    links in it are followed, as whoever made the folder made them. ``tools/check_dataset.py`` lists all mistakes.
+    Images are in the order of their ids. Images without objects are kept, with N = 0. Mistakes in the json raise at
+    construction. Boxes without width or height (less than 0.01 pixels, which float32 may lose in a resize) and boxes
+    wholly outside their image are left out. Boxes that reach out of their image are clipped. One warning lists the
+    boxes that are left out or clipped by more than a pixel. File names must stay inside the image folder; symbolic
+    links in it are followed. ``tools/check_dataset.py`` lists all mistakes at once.
 
     Args:
-        root: the folder.
-        annotations: the json file, relative to ``root``.
-        images: the folder that the json's file names start from, relative to ``root``.
-        transforms: called last, as ``transforms(image, target)``; what it returns is the sample.
-        crowd: keep annotations with ``iscrowd=1``. COCO's evaluation needs them, to ignore detections there; training
-            is better off without.
-        masks: True requires a mask of every kept annotation, False never gives any; None gives them when every kept
-            annotation has one (and there is an annotation).
-        keypoints: the same for keypoints.
-        check_files: see that every image is there and has the json's size. Reads headers only.
-        unreadable: what to do about an image that is missing, cannot be decoded or has another size than the json says.
-            ``"raise"`` stops. ``"skip"`` warns at construction of those that are seen there, and in place of the sample
-            ``dataset[i]`` is ``(None, {"image_id": id, "error": message})``, untransformed: plain data that crosses
-            worker processes, for ``collate_fn`` to leave out and count.
+        root: Dataset folder.
+        annotations: The json file, relative to ``root``.
+        images: Image folder, from which the json's file names start, relative to ``root``.
+        transforms: Called last, as ``transforms(image, target)``; what it returns is the sample.
+        crowd: Whether to keep annotations with ``iscrowd=1``. COCO's evaluation needs them, to ignore detections there;
+            training works better without.
+        masks: True requires a mask of every kept annotation. False ignores masks. None reads masks if every kept
+            annotation has one, and if there is an annotation.
+        keypoints: The same for keypoints.
+        check_files: Whether to check that every image exists and has the size that the json says. Only headers are
+            read.
+        unreadable: What to do with an image that is missing, cannot be decoded or has another size than the json says.
+            ``"raise"`` raises. ``"skip"`` warns at construction if ``check_files`` finds it, and ``dataset[i]`` is
+            ``(None, {"image_id": id, "error": message})``, not transformed, which a ``collate_fn`` can leave out.
 
     Attributes:
+        image_ids: COCO ids of the images, int64 ``(len(dataset),)``, ascending, read-only.
+        file_names: File names of the images, relative to ``images_folder``.
+        sizes: Height and width of each image, int64 ``(len(dataset), 2)``, read-only.
         category_ids: ``category_ids[label - 1]`` is the COCO category id.
-        class_names: ``class_names[label - 1]`` is the category's name; the background has none.
+        class_names: ``class_names[label - 1]`` is the name of the category; the background has no name.
         num_classes: ``len(class_names) + 1``, because torchvision's detectors count the background.
 
     Raises:
-        FileNotFoundError: the folder, the json or an image is missing.
-        ValueError: the json is not COCO, contradicts itself or an image. The message names file, record and value.
+        FileNotFoundError: if the folder, the json or an image is missing.
+        ValueError: if the json is not COCO's, or contradicts itself or an image. The message names the file, the record
+            and the value.
 
     Example:
         >>> import tempfile
@@ -91,11 +94,14 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
         self._skip = unreadable == "skip"
         if unreadable not in ("raise", "skip"):
             raise ValueError(f"unreadable is {unreadable!r}, expected 'raise' or 'skip'.")
-        table = CocoFile(self.annotations_file)
+        table = CocoTable(self.annotations_file)
         categories, listed = table.categories(), table.images()
         self.category_ids: tuple[int, ...] = tuple(categories.ids.tolist())
         self.class_names = categories.names
-        self._image_ids, self._names, self._sizes = listed.ids, listed.names, listed.sizes
+        self.image_ids, self.sizes = listed.ids, listed.sizes
+        self.file_names: tuple[str, ...] = tuple(listed.names)
+        for column in (self.image_ids, self.sizes):
+            column.setflags(write=False)
         if check_files and (remark := self._check_files(listed)):
             warnings.warn(remark, stacklevel=2)
 
@@ -107,26 +113,26 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
 
     @property
     def num_classes(self) -> int:
-        """The number of classes with the background, as torchvision's detectors count."""
+        """Return the number of classes with the background, as torchvision's detectors count."""
         return len(self.class_names) + 1
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.file_names)
 
     def __getitem__(self, index: SupportsIndex) -> tuple[Any, dict[str, Any]]:
         index = operator.index(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} images of {self.annotations_file}.")
         index %= len(self)
-        height, width = self._sizes[index].tolist()
+        height, width = self.sizes[index].tolist()
         try:
-            image = self._decode(self.images_folder / self._names[index], (height, width))
+            image = self.read_image(index)
         except (OSError, ValueError) as error:
             if not self._skip:
                 raise
-            return None, {"image_id": int(self._image_ids[index]), "error": str(error)}
+            return None, {"image_id": int(self.image_ids[index]), "error": str(error)}
         objects = slice(*self._first[index : index + 2].tolist())
-        boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies: what a transform changes stays its own
+        boxes = torch.tensor(self._boxes[objects])  # torch.tensor copies, so a transform cannot change the dataset
         target: dict[str, Any] = {
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.tensor(self._labels[objects]),
@@ -137,24 +143,48 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
             target["keypoints"] = torch.tensor(self._keypoints[objects])
         target["area"] = torch.tensor(self._area[objects])
         target["iscrowd"] = torch.tensor(self._iscrowd[objects])
-        target["image_id"] = int(self._image_ids[index])
+        target["image_id"] = int(self.image_ids[index])
         if self.transforms is not None:
             image, target = self.transforms(image, target)
         return image, target
+
+    def read_image(self, index: int) -> tv_tensors.Image:
+        """Read an image without its target.
+
+        Args:
+            index: Index of the image, from 0 to ``len(dataset) - 1``.
+
+        Returns:
+            The image, uint8 ``(3, H, W)``, RGB, untransformed.
+
+        Raises:
+            OSError: if the file is missing or cannot be decoded.
+            ValueError: if the image has another size than the json says.
+        """
+        path, size = self.images_folder / self.file_names[index], tuple(self.sizes[index].tolist())
+        pixels = read_rgb(path)
+        if pixels.shape[1:] != size:
+            raise ValueError(
+                f"{path} is {tuple(pixels.shape[1:])} (height, width), but {self.annotations_file} says {size}."
+            )
+        return tv_tensors.Image(pixels)
 
     def to_coco(self, image_id: int, prediction: Mapping[str, Tensor]) -> list[Record]:
         """Turn one image's prediction into COCO result records: original category ids, boxes as x, y, width, height.
 
         Args:
-            image_id: the COCO id, ``target["image_id"]``.
-            prediction: what a torchvision detector returns, on any device: ``boxes`` ``(N, 4)`` XYXY, ``labels`` and
-                ``scores`` ``(N,)``; if given, ``masks`` ``(N, 1, H, W)`` or ``(N, H, W)``, set where above 0.5, become
-                compressed RLE and ``keypoints`` ``(N, K, 3)`` flat lists.
+            image_id: COCO id of the image, ``target["image_id"]``.
+            prediction: What a torchvision detector returns, on any device: ``boxes`` ``(N, 4)`` XYXY, ``labels`` and
+                ``scores`` ``(N,)``. Optional ``masks`` ``(N, 1, H, W)`` or ``(N, H, W)`` are thresholded at 0.5 and
+                become compressed RLE. Optional ``keypoints`` ``(N, K, 3)`` become flat lists.
 
         Returns:
             N records that ``json.dumps`` and ``pycocotools.coco.COCO.loadRes`` take.
+
+        Raises:
+            ValueError: if the image id or a label is unknown, or a tensor is missing.
         """
-        if int(image_id) not in self._image_ids:
+        if int(image_id) not in self.image_ids:
             raise ValueError(f"image_id {image_id} is not one of the {len(self)} images of {self.annotations_file}.")
         given = {key: value.cpu() for key, value in prediction.items() if isinstance(value, Tensor)}
         for key in ("boxes", "labels", "scores"):
@@ -179,18 +209,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
                 record["keypoints"] = points.flatten().tolist()
         return results
 
-    def _decode(self, path: Path, size: tuple[int, int]) -> tv_tensors.Image:
-        pixels = read_rgb(path)
-        if pixels.shape[1:] != size:
-            raise ValueError(
-                f"{path} is {tuple(pixels.shape[1:])} (height, width), but {self.annotations_file} says {size}."
-            )
-        return tv_tensors.Image(pixels)
-
     def _check_files(self, images: Images) -> str | None:
-        """Refuse the first file that cannot be read, or remark on all of them where they are skipped."""
+        """Raise for the first file that cannot be read; return a message on all of them if they are skipped."""
         found = []
-        for defect in find_defective(self.annotations_file, self.images_folder, images):
+        for defect in find_defective_files(self.annotations_file, self.images_folder, images):
             if not self._skip:
                 refuse(defect)
             found.append(defect)
@@ -203,10 +225,10 @@ class CocoFolder(torch.utils.data.Dataset[tuple[Any, dict[str, Any]]]):
 
 
 def find_files(root: Path, annotations: str | os.PathLike[str], images: str | os.PathLike[str]) -> tuple[Path, Path]:
-    """The annotations' file and the images' folder, both there.
+    """Return the json file and the image folder.
 
     Raises:
-        FileNotFoundError: one of the three is not.
+        FileNotFoundError: if ``root``, the file or the folder is missing.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"root {root} is not a folder.")

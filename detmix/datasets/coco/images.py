@@ -1,4 +1,4 @@
-"""Image files beside the json: are they there, readable and of the size that it says? Headers only."""
+"""Check image files by their headers, and read their pixels."""
 
 import contextlib
 import io
@@ -17,28 +17,28 @@ from detmix.mixing.blend_cpu import copy_pixels
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision 0.29 says that they will go; Pillow reads all that they do
+except ImportError:  # torchvision 0.29 announces their removal; Pillow reads the same files
     decode_jpeg = None
 
 ORIENTATION = 0x0112
-"""EXIF's tag; 1 is upright, 5 to 8 exchange height and width."""
+"""EXIF's tag of the orientation; 1 is upright, 5 to 8 exchange height and width."""
 
 
 class Header(NamedTuple):
-    """What a file says of itself before its pixels."""
+    """Hold what the header of an image file says."""
 
     height: int
     width: int
     format: str
     mode: str
-    """Pillow's, but with 16 bits where Pillow would read them as 8."""
+    """Pillow's mode; also for files of 16 bits that Pillow reads as 8 bits."""
 
 
 def read_header(file: Path) -> Header:
-    """Read it.
+    """Read the header of an image file.
 
     Raises:
-        OSError: there is no image in it.
+        OSError: if the file holds no image.
     """
     try:
         with PIL.Image.open(file) as image:
@@ -49,22 +49,22 @@ def read_header(file: Path) -> Header:
             return Header(image.height, image.width, image.format or "", mode)
     except OSError:
         raise
-    except Exception as error:  # Pillow's plugins let through whatever a broken file makes them stumble over
+    except Exception as error:  # Pillow's plugins raise other errors on broken files
         raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def read_orientation(file: Path) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none. Of some formats Pillow decodes the pixels for it."""
+    """Return EXIF's orientation, 1 to 8; 1 if there is none. For some formats Pillow decodes the pixels."""
     try:
         with PIL.Image.open(file) as image:
             orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # of a broken file
+    except Exception:  # a broken file can raise any
         return 1
     return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
-def check_files(file: Path, folder: Path, images: Images) -> Iterator[Defect]:
-    """One defect that counts all missing files, then one for each file that is no image or not of the json's size."""
+def find_defective_files(file: Path, folder: Path, images: Images) -> Iterator[Defect]:
+    """Yield one defect of all missing files, then one of each file that is no image or has another size."""
     missing, there = split_missing(file, folder, images)
     if missing:
         yield missing
@@ -74,7 +74,7 @@ def check_files(file: Path, folder: Path, images: Images) -> Iterator[Defect]:
 
 
 def split_missing(file: Path, folder: Path, images: Images) -> tuple[Defect | None, list[int]]:
-    """One defect that counts all missing files, and where the others stand in ``images``."""
+    """Return one defect of all missing files, and the positions in ``images`` of the other files."""
     there = [_is_file(folder / name) for name in images.names]
     gone = [n for n, found in enumerate(there) if not found]
     if not gone:
@@ -87,7 +87,7 @@ def split_missing(file: Path, folder: Path, images: Images) -> tuple[Defect | No
 
 
 def check_header(path: Path, size: list[int], file: Path) -> tuple[str, str] | None:
-    """What is wrong with the header of a file, as kind and message, where the json says ``size``."""
+    """Return what is wrong with the header of a file, as kind and message, or None; the json says ``size``."""
     try:
         header = read_header(path)
     except OSError as error:
@@ -109,31 +109,33 @@ def _is_file(path: Path) -> bool:
 
 
 def as_defect(kind: str, images: Images, places: list[int], message: str) -> Defect:
-    """A defect of the images at these places of ``images``."""
+    """Make a defect of the images at some places of ``images``."""
     rows, ids = (tuple(values[places].tolist()) for values in (images.rows, images.ids))
     return Defect(kind, "images", rows, ids, message)
 
 
 JPEG = b"\xff\xd8\xff"
-"""How a JPEG file begins."""
+"""The first bytes of a JPEG file."""
 
 
 def read_rgb(path: Path) -> Tensor:
-    """The pixels of a file, uint8 ``(3, H, W)``; torchvision's JPEG decoder gives Pillow's in half the time.
+    """Read the pixels of a file, uint8 ``(3, H, W)``, RGB.
+
+    torchvision's JPEG decoder returns the same pixels as Pillow in half the time.
 
     Raises:
-        OSError: the file is missing or cannot be decoded. The message names it.
+        OSError: if the file is missing or cannot be decoded. The message names it.
     """
     try:
         data = np.fromfile(path, np.uint8)
         if decode_jpeg is not None and data[:3].tobytes() == JPEG:
-            # Of a file that is damaged, and without libjpeg, Pillow says or does what it can.
+            # If the file is damaged or libjpeg is missing, Pillow reads the file, or its error says more.
             with contextlib.suppress(RuntimeError):
                 return _as_planes(decode_jpeg(torch.from_numpy(data), ImageReadMode.RGB))
         with PIL.Image.open(io.BytesIO(data.tobytes())) as picture:
             return _as_planes(torch.from_numpy(np.array(_as_rgb(picture))).permute(2, 0, 1))
-    except Exception as error:  # Pillow's plugins let through whatever a broken file makes them stumble over
-        unknown = isinstance(error, PIL.UnidentifiedImageError)  # which names the bytes' address
+    except Exception as error:  # Pillow's plugins raise other errors on broken files
+        unknown = isinstance(error, PIL.UnidentifiedImageError)  # its message is the address of the bytes
         raise OSError(f"{path} cannot be decoded: {'no known image format' if unknown else error}") from error
 
 
@@ -144,9 +146,9 @@ def _as_planes(pixels: Tensor) -> Tensor:
 
 
 def _as_rgb(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 (older Pillows say I, newer I;16)
+    if picture.mode.startswith("I"):  # 16 bits, which Pillow would clip to 255 (mode I or, in newer versions, I;16)
         levels = np.asarray(picture).astype(np.float64) / 257
         picture = PIL.Image.fromarray(levels.round().astype(np.uint8))
-    elif "transparency" in picture.info:  # Pillow warns of a palette that loses it in one step
+    elif "transparency" in picture.info:  # Pillow warns if a palette loses its transparency in one step
         picture = picture.convert("RGBA")
     return picture.convert("RGB")

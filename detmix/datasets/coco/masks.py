@@ -1,4 +1,4 @@
-"""Segmentations of COCO's three forms: checked, kept in one block of bytes, and drawn."""
+"""Check segmentations of COCO's three forms, keep them in one block of bytes, and draw them."""
 
 import pickle
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ from pycocotools import mask as coco_mask
 
 from detmix.datasets.coco.values import Ints, are_numbers
 
-_FARTHEST = 1e5  # pixels: pycocotools walks along polygon edges, so a stray 1e12 would eat the memory
+_FARTHEST = 1e5  # pixels: pycocotools walks along polygon edges, so a point at 1e12 would use up the memory
 
 
 class Masks:
-    """Segmentations of all objects, one pickle each in one block of bytes.
+    """Keep the segmentations of all objects, one pickle each, in one block of bytes.
 
-    As lists of Python numbers they would take about five times the memory, and every worker process that only reads
-    them would copy them page by page, because reading counts references.
+    Lists of Python numbers would take about five times the memory. Worker processes would also copy them page by page,
+    because reading a Python object changes its reference count.
     """
 
     def __init__(self, packed: Sequence[bytes]) -> None:
@@ -25,7 +25,7 @@ class Masks:
         self.ends = np.cumsum([0, *map(len, packed)])
 
     def draw(self, objects: slice, height: int, width: int) -> npt.NDArray[np.uint8]:
-        """The masks of these objects, ``(N, height, width)``."""
+        """Draw the masks of a range of objects, uint8 ``(N, height, width)``."""
         masks = np.zeros((objects.stop - objects.start, height, width), dtype=np.uint8)
         for mask, row in zip(masks, range(objects.start, objects.stop), strict=True):
             segmentation = pickle.loads(self.block[self.ends[row] : self.ends[row + 1]])
@@ -38,9 +38,10 @@ class Masks:
 
 
 def pack_segmentation(segmentation: Any, height: int, width: int) -> bytes | None:
-    """What `Masks` keeps of a sound segmentation, else None.
+    """Return the bytes that `Masks` keeps of a segmentation, or None if the segmentation is broken.
 
-    Sound are polygons of at least 3 points each, and a run-length code of exactly ``height * width`` pixels.
+    A segmentation is a list of polygons of at least 3 points each, or a run-length code of exactly ``height * width``
+    pixels.
     """
     if isinstance(segmentation, dict):
         segmentation = _checked_rle(segmentation, height, width)
@@ -54,7 +55,7 @@ def _is_polygon(value: object) -> bool:
 
 
 def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any] | None:
-    """The run-length code, compressed, if its runs cover the image exactly, else None."""
+    """Return the compressed run-length code if its runs cover the image exactly, else None."""
     counts = rle.get("counts")
     if rle.get("size") != [height, width]:
         return None
@@ -70,13 +71,13 @@ def _checked_rle(rle: dict[str, Any], height: int, width: int) -> dict[str, Any]
 
 
 def _runs(counts: str | bytes) -> Ints | None:
-    """The run lengths of a compressed code, or None if it is none.
+    """Return the run lengths of a compressed code, or None if the code is broken.
 
-    ``pycocotools.mask.decode`` leaves the pixels of a code that ends early uninitialised, so we have to see the runs. A
-    character holds 5 bits of a number, lowest first, and a sixth that says that more follow; from the fourth number
-    on it is the difference to the last but one.
+    ``pycocotools.mask.decode`` does not initialise the pixels after a code that ends early, so the runs are checked
+    here. A character holds 5 bits of a number, lowest first, and a sixth bit that is set if more follow. From the
+    fourth number on, a number is the difference to the number two places before.
     """
-    # Half a surrogate pair, which json can hold, has no bytes of its own; passed on, it is out of the code's range.
+    # json can hold half a surrogate pair, which has no UTF-8 bytes; surrogatepass puts it out of the code's range.
     given = counts.encode(errors="surrogatepass") if isinstance(counts, str) else counts
     code = np.frombuffer(given, dtype=np.uint8).astype(np.int64) - 48
     if not len(code) or code.min() < 0 or code.max() > 63 or code[-1] & 32:

@@ -1,4 +1,4 @@
-"""The objects of a COCO json, checked: boxes inside their images, labels, areas, keypoints and masks by image."""
+"""Read and check the objects of a COCO json by image: boxes, labels, areas, keypoints and masks."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -8,20 +8,20 @@ import numpy.typing as npt
 
 from detmix.datasets.coco.defects import LISTED, refuse
 from detmix.datasets.coco.masks import Masks, pack_segmentation
-from detmix.datasets.coco.table import Categories, CocoFile, Images
+from detmix.datasets.coco.table import Categories, CocoTable, Images
 from detmix.datasets.coco.values import Floats, Ints, are_numbers
 
 THINNEST = 0.01
-"""Pixels; of what is thinner, float32 leaves nothing after a detector has resized it, which torchvision refuses."""
+"""Smallest side of a box in pixels. float32 can lose a thinner box in a resize, and torchvision refuses it then."""
 
 Bools = npt.NDArray[np.bool_]
 
 
 class Objects(NamedTuple):
-    """The annotations by image, and those of one image in the order of the file."""
+    """Hold the annotations by image; those of one image are in the order of the file."""
 
     first: Ints
-    """Image i has the objects ``first[i]`` to ``first[i + 1]``."""
+    """Image i has the objects from ``first[i]`` to before ``first[i + 1]``."""
     boxes: npt.NDArray[np.float32]
     """XYXY inside the image, ``(objects, 4)``."""
     labels: Ints
@@ -30,11 +30,11 @@ class Objects(NamedTuple):
     keypoints: npt.NDArray[np.float32] | None
     masks: Masks | None
     remark: str | None
-    """Which boxes were left out and which clipped."""
+    """A message on the boxes that were left out or clipped."""
 
 
 def read_objects(
-    table: CocoFile,
+    table: CocoTable,
     images: Images,
     categories: Categories,
     *,
@@ -42,7 +42,7 @@ def read_objects(
     masks: bool | None,
     keypoints: bool | None,
 ) -> Objects:
-    """The annotations of these images and categories, checked; the options are those of `CocoFolder`."""
+    """Read and check the annotations of images and categories; the options are those of `CocoFolder`."""
     table.by_id("annotations")
     image = table.lookup("image_id", "images", images.ids)
     category = table.lookup("category_id", "categories", categories.ids)
@@ -65,9 +65,9 @@ def read_objects(
     )
 
 
-def _read_iscrowd(table: CocoFile) -> Ints:
-    """0 or 1 for each annotation; 0 where the file says nothing."""
-    values = [record.get("iscrowd") or 0 for record in table.rows["annotations"]]
+def _read_iscrowd(table: CocoTable) -> Ints:
+    """Return 0 or 1 for each annotation; 0 if the file does not say."""
+    values = [record.get("iscrowd") or 0 for record in table.records["annotations"]]
     for row, value in enumerate(values):
         if value not in (0, 1):
             table.reject_value("crowd flag", "iscrowd", row, "0 or 1")
@@ -76,9 +76,9 @@ def _read_iscrowd(table: CocoFile) -> Ints:
 
 
 def _clip(
-    table: CocoFile, rows: Ints, xywh: Floats, image: Ints, images: Images
+    table: CocoTable, rows: Ints, xywh: Floats, image: Ints, images: Images
 ) -> tuple[npt.NDArray[np.float32], Bools, str | None]:
-    """The boxes as XYXY inside their images, which of them are sound, and a remark on those that are not."""
+    """Return the boxes as XYXY inside their images, which of them are kept, and a message on what changed."""
     limits = np.tile(images.sizes[image][:, ::-1], 2)  # (annotations, 4): width, height, width, height
     corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], 1)
     inside = np.clip(corners, 0, limits)
@@ -106,10 +106,10 @@ def _clip(
     return inside.astype(np.float32), sound, remark
 
 
-def _read_area(table: CocoFile, rows: Ints, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The area of each of these annotations; that of its box where the file says nothing."""
+def _read_area(table: CocoTable, rows: Ints, boxes: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the area of each annotation; the area of its box if the file does not say."""
     area: npt.NDArray[np.float32] = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    given = [table.rows["annotations"][row].get("area") for row in rows.tolist()]
+    given = [table.records["annotations"][row].get("area") for row in rows.tolist()]
     for n, value in enumerate(given):
         if value is None:
             continue
@@ -121,24 +121,24 @@ def _read_area(table: CocoFile, rows: Ints, boxes: npt.NDArray[np.float32]) -> n
 
 
 def _read_keypoints(
-    table: CocoFile, rows: Ints, category: Ints, categories: Categories, required: bool
+    table: CocoTable, rows: Ints, category: Ints, categories: Categories, required: bool
 ) -> npt.NDArray[np.float32] | None:
-    """Triplets x, y, v ``(len(rows), K, 3)``, or None where not every annotation has them."""
+    """Return triplets x, y, v ``(len(rows), K, 3)``, or None if not every annotation has them."""
     has, complete = _having(table, "keypoints", rows, required)
     if has is None:
         return None
     rows = rows[has]
     used = np.unique(category[rows])
     used = categories.rows[used[used >= 0] if len(rows) else slice(None)]
-    named = [table.rows["categories"][row].get("keypoints") for row in used.tolist()]
+    named = [table.records["categories"][row].get("keypoints") for row in used.tolist()]
     counts = {len(names) for names in named if isinstance(names, list) and names}
     if len(counts) > 1:
         differ = f"categories have {sorted(counts)} keypoints, which do not fit one tensor"
         table.reject("keypoint counts", "categories", used, f"{differ}; keypoints=False leaves them out.")
         table.reject("unused keypoints", "annotations", rows, f"{differ}.")
         return None
-    lists = [table.rows["annotations"][row]["keypoints"] for row in rows.tolist()]
-    if not counts and lists:  # no category names its keypoints: what most annotations have is the number
+    lists = [table.records["annotations"][row]["keypoints"] for row in rows.tolist()]
+    if not counts and lists:  # no category names its keypoints: take the number that most annotations have
         ((length, _),) = Counter(len(points) if isinstance(points, list) else 0 for points in lists).most_common(1)
         counts = {max(length // 3, 1)}
     count = max(counts, default=0)
@@ -148,14 +148,14 @@ def _read_keypoints(
     return points.reshape(len(rows), count, 3).astype(np.float32)
 
 
-def _read_masks(table: CocoFile, rows: Ints, sizes: Ints, required: bool) -> Masks | None:
-    """Every segmentation, checked, or None where not every annotation has one."""
+def _read_masks(table: CocoTable, rows: Ints, sizes: Ints, required: bool) -> Masks | None:
+    """Return every segmentation, checked, or None if not every annotation has one."""
     has, complete = _having(table, "segmentation", rows, required)
     if has is None:
         return None
     packed = []
     for row, (height, width) in zip(rows[has].tolist(), sizes[has].tolist(), strict=True):
-        segmentation = table.rows["annotations"][row]["segmentation"]
+        segmentation = table.records["annotations"][row]["segmentation"]
         kept = pack_segmentation(segmentation, height, width)
         if kept is None:
             kind = "run-length code" if isinstance(segmentation, dict) else "polygon"
@@ -171,9 +171,9 @@ def _read_masks(table: CocoFile, rows: Ints, sizes: Ints, required: bool) -> Mas
     return Masks(packed)
 
 
-def _having(table: CocoFile, key: str, rows: Ints, required: bool) -> tuple[Bools | None, bool]:
-    """Which of the annotations have a ``key``, None if nothing is to be read; and whether that is in use."""
-    records = table.rows["annotations"]
+def _having(table: CocoTable, key: str, rows: Ints, required: bool) -> tuple[Bools | None, bool]:
+    """Return which annotations have a ``key``, None if it is not to be read; and whether training uses it."""
+    records = table.records["annotations"]
     has = np.array([bool(records[row].get(key)) for row in rows.tolist()], dtype=bool)
     lacking = rows[~has]
     if not len(lacking):

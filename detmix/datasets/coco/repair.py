@@ -1,4 +1,4 @@
-"""Write a cleaned copy of checked COCO-format sets: what training would refuse or lose is cured or left out."""
+"""Write a clean copy of a checked dataset: what training would refuse or lose is cured or left out."""
 
 import copy
 import itertools
@@ -17,10 +17,10 @@ import PIL.ImageOps
 
 from detmix.datasets.coco.check import Check, check_records
 from detmix.datasets.coco.defects import KINDS, Defect
-from detmix.datasets.coco.table import TABLES, CocoFile, Record
+from detmix.datasets.coco.table import SECTIONS, CocoTable, Record
 
 LIST = "removed.json"
-"""Beside the copy: every record that was removed or changed, as it was."""
+"""The file in the copy that lists every record that was removed or changed, as it was before."""
 
 
 class _Context(NamedTuple):
@@ -51,29 +51,30 @@ CURES: dict[str, Callable[[Record, _Context], None]] = {
     "keypoint counts": _delete("keypoints"),
     "unused keypoints": _delete("keypoints"),
     "unused segmentation": _delete("segmentation"),
-    "turned": lambda record, _: None,  # its file is
+    "turned": lambda record, _: None,  # its file is changed
 }
-"""What changes a record of the json in place, for each kind of defect with a cure."""
+"""For each kind of defect with a cure, a function that changes a record of the json in place."""
 
 
 def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str | os.PathLike[str]) -> Path:
-    """Write a copy of ``root`` that training takes as it is: the checked annotations and their images.
+    """Write a copy of ``root`` without defects: the checked annotations and their images.
 
-    Images and annotations with errors are left out but for those with a cure (`detmix.datasets.coco.defects.KINDS`); with an
-    image or category go its annotations. Files are hard links where the system allows, else copies: to change one in
-    place may change the original. ``removed.json`` lists every record that was removed or changed, as it was.
+    Images and annotations with errors are left out, except those with a cure (`detmix.datasets.coco.defects.KINDS`).
+    The annotations of an image or category that is left out are left out too. Image files are hard links where the
+    system allows, else copies: do not change them in place. ``removed.json`` lists every record that was removed or
+    changed, as it was before.
 
     Args:
-        checks: of `check_folder`, each of another annotations file of ``root``.
-        root: the folder that was checked; nothing in it is changed.
-        out: the folder to write, new or empty and outside ``root``.
+        checks: Results of `check_folder`, each of another annotations file of ``root``.
+        root: Folder that was checked; it is not changed.
+        out: Folder to write, new or empty and outside ``root``.
 
     Returns:
-        The list, ``out/removed.json``.
+        The path of the list, ``out/removed.json``.
 
     Raises:
-        FileExistsError: ``out`` is a file or holds something.
-        ValueError: ``out`` is inside ``root``, or two annotations files would have one name.
+        FileExistsError: if ``out`` is a file or a folder that is not empty.
+        ValueError: if ``out`` is inside ``root``, or two annotations files would have the same name.
 
     Example:
         >>> import tempfile
@@ -89,12 +90,13 @@ def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str 
     refuse_target(root, out)
     files = [_inside(check.annotations_file, root, "annotations") for check in checks]
     if len(set(files)) < len(files):
-        raise ValueError(f"of the annotations files {', '.join(map(str, sorted(files)))} two have the same name.")
+        names = ", ".join(map(str, sorted(files)))
+        raise ValueError(f"annotations files must have different names in the copy, but they are {names}.")
     contents, lists = {}, {}
     for file, check in zip(files, checks, strict=True):
         contents[file], lists[file.as_posix()] = clean_content(check)
         _write_images(check, contents[file]["images"], out / _inside(check.images_folder, root, "."))
-    for file, content in contents.items():  # after the images, so a copy that was interrupted cannot be trained on
+    for file, content in contents.items():  # after the images, so an interrupted copy cannot be trained on
         (out / file).parent.mkdir(parents=True, exist_ok=True)
         (out / file).write_text(json.dumps(content), encoding="utf-8")
     (out / LIST).write_text(json.dumps(lists), encoding="utf-8")
@@ -102,44 +104,44 @@ def write_clean(checks: Sequence[Check], root: str | os.PathLike[str], out: str 
 
 
 def refuse_target(root: Path, out: Path) -> None:
-    """Raise, as `write_clean` says, where it would not write."""
+    """Raise the errors of `write_clean` if ``out`` is not a folder that it can write."""
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} is there already, expected a new or an empty folder.")
+        raise FileExistsError(f"{out} exists already, expected a new or an empty folder.")
     if out.resolve().is_relative_to(root.resolve()):
-        raise ValueError(f"{out} is inside {root}, which is not to be changed; expected a folder outside.")
+        raise ValueError(f"{out} is inside {root}, expected a folder outside of it.")
 
 
 def clean_content(check: Check) -> tuple[Record, list[Record]]:
-    """The json without its defects, and what was removed or changed: table, id, what was done, why, and the record."""
+    """Return the json without its defects, and a list of what was removed or changed, and why."""
     table, lost, defects, done = check.table, check.lost, check.defects, []
-    for _ in range(9):  # what is left out may show more: if all others have masks, those are in use
+    for _ in range(9):  # removing one may show others: masks are used once all annotations left have them
         content, changes = _pass(table, lost, defects)
         done += changes
         if not changes:
             return content, done
         found: list[Defect] = []
-        table = CocoFile(check.annotations_file, found.append, content)
+        table = CocoTable(check.annotations_file, found.append, content)
         check_records(table, check.options)
         lost, defects = table.lost, found
-    raise AssertionError(f"{[defect.message for defect in defects]} has no cure")  # a mistake of ours
+    raise AssertionError(f"{[defect.message for defect in defects]} has no cure")  # a bug of ours
 
 
 def _pass(
-    table: CocoFile, lost: dict[str, npt.NDArray[np.bool_]], defects: Iterable[Defect]
+    table: CocoTable, lost: dict[str, npt.NDArray[np.bool_]], defects: Iterable[Defect]
 ) -> tuple[Record, list[Record]]:
-    """Remove and cure what is known to be wrong."""
-    kinds: dict[tuple[str, int], list[str]] = defaultdict(list)
+    """Remove and cure the records of known defects once."""
+    found: dict[tuple[str, int], list[str]] = defaultdict(list)
     for defect in defects:
         for row in defect.rows:
-            kinds[defect.table, row].append(defect.kind)
-    ids = [record["id"] for record in table.rows["annotations"] if type(record.get("id")) is int]
-    sound = [record for record, gone in zip(table.rows["images"], lost["images"].tolist(), strict=True) if not gone]
+            found[defect.section, row].append(defect.kind)
+    ids = [record["id"] for record in table.records["annotations"] if type(record.get("id")) is int]
+    sound = [record for record, gone in zip(table.records["images"], lost["images"].tolist(), strict=True) if not gone]
     context = _Context({record["id"]: record for record in sound}, itertools.count(max(ids, default=0) + 1))
     content, changes = dict(table.content), []
-    for name in TABLES:
+    for section in SECTIONS:
         kept = []
-        for row, (record, gone) in enumerate(zip(table.content[name], lost[name].tolist(), strict=True)):
-            why = kinds.get((name, row), [])
+        for row, (record, gone) in enumerate(zip(table.content[section], lost[section].tolist(), strict=True)):
+            why = found.get((section, row), [])
             cures = [kind for kind in why if KINDS[kind].cure]
             if not gone and not cures:
                 kept.append(record)
@@ -153,21 +155,21 @@ def _pass(
                 what, why = "; ".join(KINDS[kind].cure for kind in cures), cures
             number = record.get("id") if isinstance(record, dict) else None
             why = why or ["of an image or category that was removed"]
-            changes.append({"table": name, "id": number, "what": what, "why": why, "record": record})
-        content[name] = kept
+            changes.append({"table": section, "id": number, "what": what, "why": why, "record": record})
+        content[section] = kept
     return content, changes
 
 
 def _inside(path: Path, root: Path, other: str) -> Path:
-    """A path below ``root`` as it is relative to it, another one by its name."""
+    """Return a path below ``root`` relative to it, and any other path by its name."""
     if path.is_relative_to(root) and ".." not in (relative := path.relative_to(root)).parts:
         return relative
     return Path(other, path.name or "images")
 
 
 def _write_images(check: Check, images: Iterable[Record], folder: Path) -> None:
-    rows = check.table.rows["images"]
-    turned = {rows[row]["file_name"] for defect in check.defects if defect.kind == "turned" for row in defect.rows}
+    records = check.table.records["images"]
+    turned = {records[row]["file_name"] for defect in check.defects if defect.kind == "turned" for row in defect.rows}
     for name in dict.fromkeys(image["file_name"] for image in images):
         target, source = folder / name, (check.images_folder / name).resolve()
         if target.exists():  # listed by another annotations file as well
@@ -183,7 +185,7 @@ def _write_images(check: Check, images: Iterable[Record], folder: Path) -> None:
 
 
 def _turn(source: Path, target: Path) -> None:
-    """Store an image as its EXIF orientation means it."""
+    """Store an image turned as its EXIF orientation says."""
     with PIL.Image.open(source) as image:
         format = "JPEG" if image.format == "MPO" else image.format
         upright = PIL.ImageOps.exif_transpose(image)

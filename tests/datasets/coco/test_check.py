@@ -25,13 +25,13 @@ def spoilt(root, name):
 def found_in(check):
     groups = defaultdict(list)
     for defect in check.defects:
-        groups[defect.kind, defect.table] += defect.ids
+        groups[defect.kind, defect.section] += defect.ids
         assert len(defect.rows) == len(defect.ids)
     return dict(groups)
 
 
 def lost_annotations(check):
-    records = check.table.rows["annotations"]
+    records = check.table.records["annotations"]
     return [records[row].get("id") for row in np.flatnonzero(check.lost["annotations"])]
 
 
@@ -73,7 +73,7 @@ def test_training_refuses_and_leaves_out_what_the_checker_calls_errors(tmp_path,
         else:
             samples = [*CocoFolder(tmp_path, crowd=True)]
             total = sum(len(target["boxes"]) for _, target in samples)
-            assert total == len(check.table.rows["annotations"]) - len(lost_annotations(check))
+            assert total == len(check.table.records["annotations"]) - len(lost_annotations(check))
             assert len(said) == any(d.kind in ("empty box", "box outside", "box clipped") for d in check.defects)
 
 
@@ -89,7 +89,7 @@ def test_a_cleaned_copy_has_no_errors_and_all_else(tmp_path, name):
     assert not {defect.kind for defect in again.defects} & CURES.keys()
     lost = lost_annotations(check)
     kept = [record["id"] for record in json.loads((tmp_path / "clean" / FILE).read_text())["annotations"]]
-    assert len(kept) == len(check.table.rows["annotations"]) - len(lost)
+    assert len(kept) == len(check.table.records["annotations"]) - len(lost)
     assert len(set(kept)) == len(kept)
     (entries,) = json.loads(listed.read_text()).values()
     removed = [entry for entry in entries if entry["what"] == "removed"]
@@ -262,7 +262,7 @@ def test_nothing_is_written_over(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("mine")
     before = tree(tmp_path)
-    for out, message in (("full", "is there already"), ("full/file", "is there already"), ("set/in", "is inside")):
+    for out, message in (("full", "exists already"), ("full/file", "exists already"), ("set/in", "is inside")):
         with pytest.raises((ValueError, OSError), match=message):
             write_clean(checks, root, tmp_path / out)
     assert tree(tmp_path) == before
@@ -275,7 +275,7 @@ def test_several_annotations_files_share_their_images(tmp_path):
     listed = write_clean(checks, root, tmp_path / "clean")
     assert [*json.loads(listed.read_text())] == [FILE, "annotations/instances_val.json"]
     assert tree(tmp_path / "clean").keys() == tree(root).keys() | {"removed.json"}
-    with pytest.raises(ValueError, match="two have the same name"):
+    with pytest.raises(ValueError, match="must have different names in the copy"):
         write_clean([checks[0], checks[0]], root, tmp_path / "other")
 
 
