@@ -191,7 +191,7 @@ def test_help_describes_every_option(monkeypatch, capsys):
         "--checkpoint.monitor",
     ):
         assert option in text
-    assert "How and in which epochs to mix; null trains on unmixed images" in " ".join(text.split())
+    assert "How to mix, and in which epochs. Null trains on unmixed images" in " ".join(text.split())
 
 
 def test_the_record_of_a_run_is_replayed(run, shapes, monkeypatch, tmp_path):
