@@ -1,4 +1,9 @@
-"""Join the targets of two images: what belongs to each box is kept, and weighted by the share of its image."""
+"""Say what a target is: its keys, its types and how it is checked.
+
+A target is a dict of what is annotated in one image, as torchvision's detectors take it. Some keys hold one entry per
+box. ``target["weights"]`` is one of them: float32 ``(num_boxes,)``, how much the loss of each box counts. Mixing writes
+it and the losses read it. This module is all that the two share.
+"""
 
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -10,13 +15,11 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 Target = dict[str, Any]
-
-
+"""What is annotated in one image, by key."""
 Sample = tuple[Tensor, Target]
-
-
+"""An image ``(C, H, W)`` and its target."""
 Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
-
+"""Images, ``(B, C, H, W)`` or a sequence of ``(C, H_i, W_i)``, and as many targets."""
 
 BOX_KEYS = frozenset(
     (
@@ -28,7 +31,7 @@ BOX_KEYS = frozenset(
         *("blur", "expression", "illumination", "occlusion", "pose", "invalid"),  # WIDER FACE's
     )
 )
-"""Target keys that hold one entry per box: joined by a mix. Every other key is the first sample's."""
+"""Target keys that hold one entry per box. A mix joins them and takes every other key from the first sample."""
 
 
 def check_target(
@@ -38,20 +41,21 @@ def check_target(
     image: Tensor | None = None,
     num_classes: int | None = None,
 ) -> None:
-    """Check that a target is one that can be mixed and trained on.
+    """Check that a target can be mixed and trained on.
 
-    Values are looked at only where that costs no wait: on a CUDA device the checks stop at shapes and devices.
+    On a CUDA device this checks shapes and devices only. Reading values there would make Python wait for the GPU.
 
     Args:
         target: Target with ``boxes`` ``(num_boxes, 4)`` and, optionally, ``labels`` ``(num_boxes,)``.
-        where: How the error calls the target, such as ``"target 3"``.
-        image: Its image ``(C, H, W)``, whose size masks and `tv_tensors` must have and on whose device boxes and labels
-            must be; ``None`` asks for one device for both, whichever it is.
-        num_classes: With background as class 0, so labels must lie in 1..num_classes - 1. ``None`` leaves them alone.
+        where: Name of the target in error messages, such as ``"target 3"``.
+        image: Image ``(C, H, W)`` of the target. Masks and `tv_tensors` must have its size; boxes and labels must be on
+            its device. With ``None``, boxes and labels must be on one device.
+        num_classes: Number of classes, background (class 0) included. Labels must lie in 1..num_classes - 1. ``None``
+            accepts any labels.
 
     Raises:
-        ValueError: naming the target, the key, its value and what was expected.
-        TypeError: if the target is no dict or its boxes are no tensor.
+        ValueError: If a value does not fit. The message names the target, the key, the value and what was expected.
+        TypeError: If the target is not a dict or its boxes are not a tensor.
 
     Example:
         >>> import torch
@@ -76,11 +80,11 @@ def check_batch(
         images: Images ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)``.
         targets: B targets.
         num_classes: See `check_target`.
-        where: How the error calls a target, before its index.
+        where: Name of a target in error messages. Its index follows.
 
     Raises:
-        ValueError: if there are not as many targets as images, an image is not ``(C, H, W)``, and as `check_target`.
-        TypeError: if an image is no tensor, and as `check_target`.
+        ValueError: If there are not as many targets as images, an image is not ``(C, H, W)``, or as `check_target`.
+        TypeError: If an image is not a tensor, or as `check_target`.
 
     Example:
         >>> import torch
@@ -93,7 +97,7 @@ def check_batch(
             f"images and targets must be of one length, but there are {len(images)} images and {len(targets)} targets."
         )
     if isinstance(images, Tensor) and len(images):
-        images = [images[0]] * len(images)  # which are all alike, and slow to take apart
+        images = [images[0]] * len(images)  # all alike, and slow to take apart
     readable = {}
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
         name = f"{where} {i}"
@@ -107,7 +111,7 @@ def check_batch(
 
 
 def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
-    """Check all but values, and give the boxes and labels whose values can be looked at without a wait."""
+    """Check everything but values. Return the boxes and labels whose values can be read without waiting for a GPU."""
     if not isinstance(target, dict):
         raise TypeError(f"{where} must be a dict with 'boxes', but it is a {type(target).__name__}.")
     if "boxes" not in target:
@@ -160,14 +164,14 @@ def _check_values(readable: Mapping[str, tuple[Tensor, Any]], num_classes: int |
 
 
 def _are_finite(boxes: list[Tensor]) -> bool:
-    # What is not finite makes the sum so, and one sum is all that most batches cost; a finite one may overflow.
+    # A sum with NaN or infinity is not finite, so most batches take one sum. The sum of finite numbers may overflow.
     if len({rows.shape[1] for rows in boxes}) > 1:  # rotated boxes and upright ones
         return all(_are_finite([rows]) for rows in boxes)
     return not boxes or math.isfinite(torch.cat(boxes).sum().item())
 
 
 def annotated(image: Tensor, target: Target) -> Target:
-    """A target with boxes: one that holds no entries at all is that of an image without any."""
+    """Add empty boxes and labels to a target without annotations, and return any other target as it is."""
     if not isinstance(target, Mapping) or "boxes" in target or any(map(_has_content, target.values())):
         return target
     boxes = torch.zeros(0, 4, device=image.device)
@@ -181,21 +185,21 @@ def _has_content(value: Any) -> bool:
 
 
 def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Tensor, ...]:
-    """What must go when a box goes: the ``labels_getter`` of torchvision's ``SanitizeBoundingBoxes`` after a mix.
+    """List what must be dropped with a box: use it as ``labels_getter`` of torchvision's ``SanitizeBoundingBoxes``.
 
-    By itself that transform drops rows of ``boxes``, ``labels`` and masks and leaves weights and all else too long.
-    Let it be the last one: `tv_tensors.KeyPoints` come out of it as plain tensors. torchvision's transforms do not move
-    plain keypoints ``(num_boxes, K, 3)``, nor polygons.
+    Without it that transform drops rows of ``boxes``, ``labels`` and masks only, and leaves weights too long. Put it
+    last: it turns `tv_tensors.KeyPoints` into plain tensors. torchvision's transforms do not move plain keypoints
+    ``(num_boxes, K, 3)`` or polygons.
 
     Args:
         sample: ``(image, target)``, or a target.
-        box_keys: The names of the keys that have one entry per box.
+        box_keys: Keys that hold one entry per box.
 
     Returns:
-        Every per-box tensor but the boxes and the `tv_tensors.Mask` that torchvision finds by itself.
+        Every per-box tensor except the boxes and any `tv_tensors.Mask`, which torchvision finds itself.
 
     Raises:
-        ValueError: if a per-box value is no tensor, which torchvision could not filter.
+        ValueError: If a per-box value is not a tensor. torchvision cannot filter it.
 
     Example:
         >>> from torchvision.transforms import v2
@@ -217,7 +221,7 @@ def box_fields(sample: Any, *, box_keys: Collection[str] = BOX_KEYS) -> tuple[Te
 
 
 def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS) -> set[str]:
-    """The keys of a target that have one entry per box: those with entries among ``box_keys``.
+    """Return the keys of a target that hold one entry per box: those of ``box_keys`` whose value has entries.
 
     Example:
         >>> sorted(keys_per_box({"boxes": torch.zeros(1, 4), "labels": torch.ones(1), "id": 17, "size": [8, 8]}))
@@ -227,7 +231,7 @@ def keys_per_box(target: Mapping[str, Any], box_keys: Collection[str] = BOX_KEYS
 
 
 def count_entries(value: Any) -> int | None:
-    """How many entries a value has; ``None`` for a number, a string or a tensor without dimensions."""
+    """Count the entries of a value. Return ``None`` for a number, a string or a tensor without dimensions."""
     if isinstance(value, (Tensor, np.ndarray)):
         shape = value.shape
         return shape[0] if shape else None
@@ -235,12 +239,12 @@ def count_entries(value: Any) -> int | None:
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value has entries at all; what has none belongs to the image."""
+    """Tell whether a value has entries. One without belongs to the image, not to its boxes."""
     return count_entries(value) is not None
 
 
 def take(value: Any, rows: Tensor) -> Any:
-    """The entries of a per-box value at ``rows`` (int64), as the same type.
+    """Take the entries of a per-box value at ``rows`` (int64), as the same type.
 
     Example:
         >>> take(["a", "b", "c"], torch.tensor([2, 0]))
@@ -254,7 +258,7 @@ def take(value: Any, rows: Tensor) -> Any:
 
 
 def scaled_areas(areas: Any, ratios: Tensor) -> Any:
-    """Areas, a tensor or a list, times a ratio for each, as the same type and dtype.
+    """Multiply areas, a tensor or a list, by one ratio each. Return the same type and dtype.
 
     Example:
         >>> scaled_areas([8, 6], torch.tensor([0.5, 2.0]))
@@ -266,7 +270,7 @@ def scaled_areas(areas: Any, ratios: Tensor) -> Any:
 
 
 def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None) -> Tensor:
-    """A plain tensor as the type of another, `tv_tensors` included, on a new canvas if there is one."""
+    """Wrap a plain tensor as the type of ``template``, such as a `tv_tensors` class, with a new canvas if given."""
     if not isinstance(template, tv_tensors.TVTensor):
         return value
     update = {"canvas_size": canvas} if hasattr(template, "canvas_size") and canvas else {}
@@ -275,10 +279,10 @@ def like(value: Tensor, template: Tensor, canvas: tuple[int, int] | None = None)
 
 
 def plain(value: Tensor) -> Tensor:
-    """A tensor of whatever type as a plain one, which tells its attributes several times as fast as `tv_tensors`."""
+    """View a tensor of any class as a plain one. Reading its attributes is then several times as fast."""
     return value if type(value) is Tensor else value.as_subclass(Tensor)
 
 
 def size_of(image: Tensor) -> tuple[int, int]:
-    """``(height, width)`` of an image, or of those of a batch, in pixels."""
+    """Return ``(height, width)`` of an image or a batch, in pixels."""
     return image.shape[-2], image.shape[-1]

@@ -12,7 +12,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 from detmix.targets import Target
 
 SOURCE_COLORS = ("#00c8ff", "#ff8c00")
-"""Colours of boxes of the first and of the second image."""
+"""Colours of boxes from the first and the second image."""
 
 
 def draw_sample(
@@ -25,16 +25,15 @@ def draw_sample(
 ) -> Tensor:
     """Draw the boxes of a target, or of a prediction, into its image.
 
-    A box is coloured by ``target["source"]`` and labelled with its class and, as far as the target has them, its weight
-    or score.
+    Each box has the colour of its ``target["source"]`` and a label: its class, and its weight or score if there is one.
 
     Args:
         image: Image ``(3, H, W)`` or ``(1, H, W)``, uint8 or floating point in [0, 1].
         target: Dict with ``boxes`` ``(num_boxes, 4)``, XYXY in pixels, or `tv_tensors.BoundingBoxes` of any format;
             optionally ``labels``, ``weights``, ``scores``, ``source``.
         class_names: The names of classes 1, 2, ...; numbers if ``None``.
-        size: The image is scaled so that its longer side has this many pixels.
-        colors: One for each source.
+        size: Longer side of the picture, in pixels.
+        colors: One colour per source.
 
     Returns:
         The picture, uint8 ``(3, H', W')``, on the CPU.
@@ -59,18 +58,18 @@ def draw_sample(
         labels=_labels(target, class_names),
         colors=[colors[source] for source in sources],
         label_colors="black",
-        fill_labels=True,  # on the box's own colour, or the text drowns in the image
+        fill_labels=True,  # on the colour of the box, so that the text can be read
         width=max(1, size // 200),
     )
     return drawn
 
 
 def draw_grid(pictures: Sequence[Tensor], columns: int = 3) -> Tensor:
-    """Lay pictures of any sizes side by side, each at the top left of a cell that holds the largest.
+    """Lay pictures of any sizes out in a grid. Every cell has the size of the largest.
 
     Args:
         pictures: uint8 ``(3, H_i, W_i)``.
-        columns: Pictures a row.
+        columns: Pictures per row.
 
     Returns:
         One picture, uint8 ``(3, H, W)``.

@@ -1,13 +1,23 @@
 """Small samples that every test can build."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.utils._pytree import tree_flatten
 from torchvision import tv_tensors
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, with what they start, take a core each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+# The same examples at every run, however busy the machine is.
+settings.register_profile("detmix", derandomize=True, deadline=None, database=None)
+settings.load_profile("detmix")
 
 DEVICES = [
     "cpu",

@@ -1,9 +1,20 @@
-"""Weighting: make a detector's loss heed ``target["weights"]``."""
+"""Weighting: make the loss of a detector use ``target["weights"]``."""
 
-from detmix.losses import rules as rules  # fills the table of rules
 from detmix.losses.box_weights import match_weights
 from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.detectors import weight_losses
-from detmix.losses.weighted_tensor import WeightedTensor, weighted
+from detmix.losses.rules import drop, elementwise, move, reduce
+from detmix.losses.weighted_tensor import RULES, WeightedTensor, weighted
 
-__all__ = ["WeightedCriterion", "WeightedTensor", "match_weights", "weight_losses", "weighted"]
+__all__ = [
+    "RULES",
+    "WeightedCriterion",
+    "WeightedTensor",
+    "drop",
+    "elementwise",
+    "match_weights",
+    "move",
+    "reduce",
+    "weight_losses",
+    "weighted",
+]

@@ -1,4 +1,4 @@
-"""The weights of boxes, and of the rows of a loss that are matched to them."""
+"""Read the weights of boxes, and give them to the rows of a loss that are matched to the boxes."""
 
 import math
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from detmix.targets import Target, check_target
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 eager: Callable[[Method], Method] = torch.compiler.disable
-"""For methods that handle weighted tensors: a graph cannot hold tensors that carry an attribute."""
+"""Decorate methods that handle weighted tensors: a compiled graph cannot hold tensors with an attribute."""
 
 
 def match_weights(target: Target, matched_idxs: Tensor) -> Tensor:
-    """The weight of the box each row is matched to.
+    """Return the weight of the box that each row is matched to.
 
     Args:
-        target: With ``"boxes"`` of shape ``(num_boxes, 4)`` and perhaps ``"weights"`` of shape ``(num_boxes,)``.
-        matched_idxs: int64, of any shape: the index of a box, or a negative number for a row matched to none.
+        target: Target with ``boxes`` ``(num_boxes, 4)`` and, optionally, ``weights`` ``(num_boxes,)``.
+        matched_idxs: int64 of any shape: the index of a box, or a negative number for a row without a box.
 
     Returns:
-        float32, of the shape of ``matched_idxs``: 1 for a row matched to no box.
+        float32 of the shape of ``matched_idxs``; 1 for a row without a box.
 
     Raises:
-        TypeError: If the weights are no floating point tensor.
+        TypeError: If the weights are not a floating point tensor.
         ValueError: If they are not one finite number, 0 or more, for each box, on the device of the boxes.
 
     Example:
@@ -41,14 +41,14 @@ def match_weights(target: Target, matched_idxs: Tensor) -> Tensor:
 
 
 def check_weights(target: Target, index: int | None = None) -> Tensor:
-    """``target["weights"]`` as float32 of shape ``(num_boxes,)``, once checked; 1 for every box of a target without.
+    """Check ``target["weights"]`` and return it as float32 ``(num_boxes,)``; ones for a target without weights.
 
     Args:
-        target: With ``"boxes"`` of shape ``(num_boxes, 4)``.
-        index: Where the target stands in its batch, for the error messages.
+        target: Target with ``boxes`` ``(num_boxes, 4)``.
+        index: Index of the target in its batch, for error messages.
 
     Raises:
-        TypeError: If the weights are no floating point tensor.
+        TypeError: If the weights are not a floating point tensor.
         ValueError: If they are not one finite number, 0 or more, for each box, on the device of the boxes.
     """
     boxes = target["boxes"]
@@ -63,7 +63,7 @@ def check_weights(target: Target, index: int | None = None) -> Tensor:
         raise ValueError(f"{name} must hold one weight for each of {len(boxes)} boxes, but is {tuple(weights.shape)}.")
     if weights.device != boxes.device:
         raise ValueError(f"{name} must be on {boxes.device} as the boxes are, but is on {weights.device}.")
-    # On a GPU the values stay unchecked: to look at them, Python would wait for it at every step.
+    # Values on a GPU are not checked: reading them would make Python wait for it at every step.
     if weights.device.type == "cpu" and len(weights):
         lowest, highest = weights.aminmax()  # both NaN if any is
         if not 0 <= float(lowest) <= float(highest) < math.inf:
@@ -72,34 +72,34 @@ def check_weights(target: Target, index: int | None = None) -> Tensor:
 
 
 def with_background(weights: Tensor, per_image: bool = False) -> Tensor:
-    """The weight of a row matched to no box, and then those of the boxes: ``(1 + num_boxes,)``."""
+    """Put the weight of a row without a box before the weights of the boxes: ``(1 + num_boxes,)``."""
     if per_image:
         return (weights.mean() if len(weights) else weights.new_ones(())).expand(1 + len(weights))
     return F.pad(weights, (1, 0), value=1.0)
 
 
 def weigh_rows(weights: Tensor, matched_idxs: Tensor) -> Tensor:
-    """`match_weights` by the weights that :func:`with_background` gives."""
+    """Return the weight of each row, from the weights that `with_background` returns."""
     places = matched_idxs.clamp(min=-1) + 1
     return weights.index_select(0, places.flatten()).view(places.shape)
 
 
 class CheckedTargets(list[Target]):
-    """The targets of one step and their weights, which a criterion asks for at each loss of each layer."""
+    """Targets of one step with their weights, checked once. A criterion needs them for each loss of each layer."""
 
     def __init__(self, targets: list[Target], weights: list[Tensor]) -> None:
         super().__init__(targets)
         self.weights = weights
-        self.matched: tuple[Any, Rows] | None = None  # indices that were asked for last, and the rows' weights
+        self.matched: tuple[Any, Rows] | None = None  # the last indices, and the weights of the rows
 
 
 def weigh_targets(
     targets: list[Target], weighting: Weighting = DEFAULT, num_classes: int | None = None
 ) -> list[Tensor] | None:
-    """`with_background` of each target, checked; or None where no target has weights: stock code then runs as it is."""
+    """Check the targets and return `with_background` of each; None if no target has weights, so stock code runs."""
     if isinstance(targets, CheckedTargets):
         return targets.weights
-    for i, target in enumerate(targets):  # or a NaN box trains in silence, and a label too high fails deep inside torch
+    for i, target in enumerate(targets):  # otherwise NaN boxes train silently, and high labels fail in torch
         check_target(target, where=f"targets[{i}]", num_classes=num_classes)
     if not any("weights" in target for target in targets):
         return None

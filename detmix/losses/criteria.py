@@ -1,9 +1,9 @@
-"""Make DETR-style criteria heed ``target["weights"]``.
+"""Make DETR-style criteria use ``target["weights"]``.
 
-A query matched to box *k* has its whole loss, every term, multiplied by ``weights[k]``; a query matched to none weighs
-1; every normaliser stays the criterion's own. The weights ride on the predictions through the criterion's unmodified
-code, from the one method that every descendant of DETR [arXiv:2005.12872] kept:
-``get_loss(loss, outputs, targets, indices, num_boxes)``.
+The whole loss of a query matched to box *k*, every term, is multiplied by ``weights[k]``. A query without a box weighs
+1. Normalisers do not change. The predictions carry the weights through the criterion's own code. They get them in the
+one method that every descendant of DETR [arXiv:2005.12872] has: ``get_loss(loss, outputs, targets, indices,
+num_boxes)``.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detmix.losses.box_weights import CheckedTargets, weigh_targets, eager
+from detmix.losses.box_weights import CheckedTargets, eager, weigh_targets
 from detmix.losses.options import DEFAULT
 from detmix.losses.rows import Rows
 from detmix.losses.weighted_tensor import WeightedTensor, carry
@@ -21,14 +21,14 @@ from detmix.targets import Target
 Indices = Sequence[tuple[Tensor, Tensor]]
 
 PREDICTIONS = ("pred_logits", "logits", "pred_boxes", "pred_corners", "pred_masks", "teacher_logits")
-"""Keys of ``outputs`` that hold what is known of each query, ``(B, num_queries, ...)``: DETR's names and later ones."""
+"""Keys of ``outputs`` with one entry per query, ``(B, num_queries, ...)``: DETR's names and later ones."""
 
 
 class WeightedCriterion:
-    """Goes before a DETR-style criterion: ``class MyCriterion(WeightedCriterion, SetCriterion): ...``.
+    """Weight a DETR-style criterion: ``class MyCriterion(WeightedCriterion, SetCriterion): ...``.
 
     Attributes:
-        weighting: How the weights count; a :class:`~detmix.losses.options.Weighting` of one's own may be set.
+        weighting: How weights count. Set a `detmix.losses.options.Weighting` to change it.
 
     Example:
         >>> class Criterion(torch.nn.Module):
@@ -56,30 +56,30 @@ class WeightedCriterion:
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """The parent's loss, with each query multiplied by the weight of the box it is matched to."""
+        """Compute the parent's loss, the loss of each query multiplied by the weight of its box."""
         stock = super().get_loss  # type: ignore[misc]
         weights = weigh_targets(targets, self.weighting)
         if weights is None:
             return stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs)  # type: ignore[no-any-return]
         found = {name: outputs[name] for name in PREDICTIONS if isinstance(outputs.get(name), Tensor)}
         rows = weigh_queries(targets, weights, indices, next(iter(found.values())))
-        riding = {name: carry(x.as_subclass(WeightedTensor), rows.append(x.ndim)) for name, x in found.items()}
+        carrying = {name: carry(x.as_subclass(WeightedTensor), rows.append(x.ndim)) for name, x in found.items()}
         total = num_boxes
         if self.weighting.normalizer == "weights" and (matched := sum(len(queries) for queries, _ in indices)):
-            # Of what is matched, so that groups and denoising queries, which num_boxes may count, count too.
+            # From the matched pairs: num_boxes may count query groups and denoising queries too.
             share = weigh_pairs(weights, indices).sum() / matched
             total = (num_boxes * share).clamp(min=1)
-        losses = stock(loss, {**outputs, **riding}, targets, indices, total, *args, **kwargs)
+        losses = stock(loss, {**outputs, **carrying}, targets, indices, total, *args, **kwargs)
         return self.weighting.pick(losses, lambda: stock(loss, outputs, targets, indices, num_boxes, *args, **kwargs))
 
 
 def weigh_pairs(weights: Sequence[Tensor], indices: Indices) -> Tensor:
-    """The weights of the boxes of all pairs, image by image: (num_pairs,)."""
+    """Return the weights of the boxes of all pairs, image by image: ``(num_pairs,)``."""
     return torch.cat([own[boxes + 1] for own, (_, boxes) in zip(weights, indices, strict=True)])
 
 
 def weigh_queries(targets: list[Target], weights: Sequence[Tensor], indices: Indices, like: Tensor) -> Rows:
-    """The weight of the box that each query is matched to, or of its image's background: (B, num_queries)."""
+    """Return the weight of each query's box, or of the background of its image: ``(B, num_queries)``."""
     checked = targets if isinstance(targets, CheckedTargets) else None
     if checked and checked.matched:  # one matching serves all losses of a layer
         known, rows = checked.matched

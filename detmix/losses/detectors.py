@@ -1,12 +1,11 @@
-"""Make torchvision's detectors heed ``target["weights"]``.
+"""Make detectors use ``target["weights"]``: the one function most users need, `weight_losses`.
 
-A row (an anchor, a proposal) matched to box *k* has its whole loss multiplied by ``weights[k]``; a row matched to no
-box weighs 1; every normaliser stays torchvision's. So each loss is affine in the weights, equals torchvision's bit for
-bit at weights of 1, and a box of weight 0 makes its rows neither positive nor negative. The weights are those of mixed
-samples [arXiv:1902.04103, sec. 3.1], or any other confidence in a box.
+The whole loss of a row (an anchor, a proposal, a query) matched to box *k* is multiplied by ``weights[k]``. A row
+without a box weighs 1. Normalisers do not change. So each loss is affine in the weights and, with all weights 1, equals
+the stock loss exactly. A box of weight 0 is ignored: its rows count neither as object nor as background. The weights
+come from mixed samples [arXiv:1902.04103, sec. 3.1], or are any other confidence in a box.
 
-:mod:`detmix.losses.heads` has the mixins that do it; :func:`weight_losses` puts them before torchvision's heads and
-their subclasses.
+`detmix.losses.heads` has the mixins for torchvision's heads, `detmix.losses.transformers` the loss functions.
 """
 
 import functools
@@ -31,30 +30,31 @@ def weight_losses(
     per_image: bool = False,
     objectness: str = "loss",
 ) -> Model:
-    """Make a detector heed ``target["weights"]``, in place.
+    """Make a detector's loss use ``target["weights"]``, in place.
 
-    Works on torchvision's RetinaNet, FCOS, SSD, SSDlite, Faster R-CNN, Mask R-CNN and Keypoint R-CNN, whatever their
-    backbone, on subclasses of their heads, and on detectors of ``transformers`` whose criterion has DETR's
-    ``get_loss``, where the weights go into each of the ``labels``. Only the class of the heads, or the loss function,
-    changes: parameters, ``state_dict`` and results in eval mode stay the same, and the model can be pickled and copied.
-    The loss code runs outside of ``torch.compile``. A second call changes nothing but the options.
+    Works on torchvision's RetinaNet, FCOS, SSD, SSDlite, Faster R-CNN, Mask R-CNN and Keypoint R-CNN with any backbone,
+    on subclasses of their heads, and on detectors of ``transformers`` whose criterion has DETR's ``get_loss``. There
+    the weights go into each of the ``labels``. Only the class of the heads, or the loss function, changes. Parameters,
+    ``state_dict`` and results in eval mode stay the same, and the model can be pickled and copied. The loss runs
+    outside of ``torch.compile``. Call it again to change the options.
 
-    In training, ``target["weights"]`` is floating point of shape ``(num_boxes,)``, finite, not negative and on the
-    device of the boxes; a target without it weighs every box 1.
+    In training, ``target["weights"]`` is a floating point tensor ``(num_boxes,)``, finite, not negative, on the device
+    of the boxes. A target without it weighs every box 1.
 
     Args:
-        model: A detector, or any module that holds one.
-        terms: Names of the losses that heed weights; see :class:`~detmix.losses.options.Weighting`, as for the rest.
-        normalizer: ``"count"`` or ``"weights"``: what a loss is divided by.
-        per_image: Whether one number, the mean weight of its boxes, weighs all of an image.
-        objectness: ``"loss"`` or ``"target"``: what weights do to a region proposal network's objectness.
+        model: Detector, or a module that contains one.
+        terms: Names of the losses that use weights; ``None`` means all. `detmix.losses.options.Weighting` explains
+            this and the other options.
+        normalizer: Divisor of a loss, ``"count"`` or ``"weights"``.
+        per_image: Use the mean weight of an image's boxes for the whole image.
+        objectness: Whether weights scale the RPN's objectness ``"loss"`` or are its ``"target"``.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: If no module of the model is a known head.
-        ValueError: If an option is none of its words, or names what the model does not have.
+        ValueError: If an option has an unknown value, or names a loss or head that the model does not have.
 
     Example:
         >>> from torchvision.models.detection import ssdlite320_mobilenet_v3_large
@@ -92,7 +92,7 @@ def _check(weighting: Weighting, model: nn.Module, heads: list[Any], detectors: 
         raise ValueError(f"objectness is {weighting.objectness!r}, but {name} has no RegionProposalNetwork.")
     stock: list[Any] = [next(cls for cls in type(head).__mro__ if not issubclass(cls, MIXINS)) for head in heads]
     if detectors or not all(cls in SEAMS for cls in stock):
-        return  # what losses they compute is known when they do
+        return  # their losses are known only when they are computed
     known = {term for cls in stock for term in SEAMS[cls].terms}
     if unknown := sorted(set(weighting.terms or ()) - known):
         raise ValueError(f"terms holds {unknown}, but the losses of {name} are {sorted(known)}.")
@@ -100,7 +100,7 @@ def _check(weighting: Weighting, model: nn.Module, heads: list[Any], detectors: 
 
 @functools.cache
 def weighted_class(mixin: type, cls: type) -> type:
-    """A subclass of both, whose instances can be pickled although no module holds it."""
+    """Make a subclass of both whose instances can be pickled although no module holds the class."""
     return type(f"Weighted{cls.__name__}", (mixin, cls), {"__reduce_ex__": _reduce, "__doc__": cls.__doc__})
 
 

@@ -1,8 +1,7 @@
-"""What ties weights to the rows of torchvision's heads, one mixin for each kind of head.
+"""Tie weights to the rows of torchvision's heads, with one mixin for each kind of head.
 
-Each finds the weights of the rows at one method, then has the parent compute its loss on them. A head of another origin
-that has the same methods inherits from one: ``class MyHead(WeightedRows, Head): ...``, and its ``weighting`` says how
-weights count.
+Each mixin finds the weights of the rows in one method, and the parent computes its loss on them. Use one for a head of
+your own that has the same methods: ``class MyHead(WeightedRows, Head): ...``. Its ``weighting`` says how weights count.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,28 +20,23 @@ from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.ssd import SSD
 
-from detmix.losses.box_weights import weigh_targets, eager, weigh_rows
+from detmix.losses.box_weights import eager, weigh_rows, weigh_targets
 from detmix.losses.options import DEFAULT, Weighting
-from detmix.losses.rules import drop
 from detmix.losses.transformers import rebound
-from detmix.losses.weighted_tensor import RULES, WeightedTensor, weighted, weights_of
+from detmix.losses.weighted_tensor import WeightedTensor, weighted, weights_of
 from detmix.targets import Target
-
-# Mask R-CNN crops the masks it is to predict with boxes numbered by the object they are matched to. The numbers carry
-# the object's weight; the crops are targets, and need none.
-RULES[torch.ops.torchvision.roi_align] = drop
 
 
 class WeightedRows:
-    """Goes before a class whose ``compute_loss`` gets all predictions and the box each row is matched to.
+    """Weight a class whose ``compute_loss`` gets all predictions and the box that each row is matched to.
 
-    So do torchvision's ``FCOSHead`` and ``SSD``: ``compute_loss(targets, head_outputs, anchors, matched_idxs)``, with
-    ``head_outputs`` a dict of ``(B, num_rows, ...)`` that holds ``"cls_logits"``, ``matched_idxs`` a list of B int64
-    ``(num_rows,)``, negative where a row is matched to no box, and a dict of losses as the result.
+    torchvision's ``FCOSHead`` and ``SSD`` have this form: ``compute_loss(targets, head_outputs, anchors,
+    matched_idxs)``. ``head_outputs`` is a dict of ``(B, num_rows, ...)`` with ``"cls_logits"``. ``matched_idxs`` is a
+    list of B int64 ``(num_rows,)``, negative for a row without a box. The result is a dict of losses.
 
     Attributes:
-        weighting: How the weights count.
-        counted_over: The dimensions of ``(B, num_rows)`` over which the stock normaliser counts matched rows.
+        weighting: How weights count.
+        counted_over: Dimensions of ``(B, num_rows)`` over which the stock normaliser counts matched rows.
     """
 
     weighting = DEFAULT
@@ -58,7 +52,7 @@ class WeightedRows:
         *args: Any,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """The parent's losses, with each row multiplied by the weight of its box."""
+        """Compute the parent's losses, the loss of each row multiplied by the weight of its box."""
         stock = partial(super().compute_loss, targets)  # type: ignore[misc]
         rest = anchors, matched_idxs, *args
         weights = weigh_targets(targets, self.weighting, num_classes=head_outputs["cls_logits"].shape[-1])
@@ -67,21 +61,23 @@ class WeightedRows:
         rows = torch.stack([weigh_rows(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, num_rows)
         if self.weighting.normalizer != "count":
             rows = self.weighting.normalized(rows, torch.stack(list(matched_idxs)) >= 0, self.counted_over)
-        riding = {name: weighted(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2))) for name, x in head_outputs.items()}
-        return self.weighting.pick(stock(riding, *rest, **kwargs), lambda: stock(head_outputs, *rest, **kwargs))
+        carrying = {
+            name: weighted(x, rows.reshape(rows.shape + (1,) * (x.ndim - 2))) for name, x in head_outputs.items()
+        }
+        return self.weighting.pick(stock(carrying, *rest, **kwargs), lambda: stock(head_outputs, *rest, **kwargs))
 
 
 class WeightedRowsByImage(WeightedRows):
-    """`WeightedRows` for a class that divides the losses of each image by the number of its own matched rows.
+    """Weight a class as `WeightedRows` does, for losses that are divided image by image.
 
-    So does torchvision's ``RetinaNetHead``.
+    torchvision's ``RetinaNetHead`` divides the losses of each image by the number of its matched rows.
     """
 
     counted_over = (1,)
 
 
 class _WeightedBoxes(Tensor):
-    """Boxes whose weights are gathered with them; whatever else is computed on them, as their matching, is plain."""
+    """Boxes that pass on their weights when they are gathered. All else computed on them, such as IoU, is plain."""
 
     weights: Tensor
 
@@ -101,14 +97,14 @@ class _WeightedBoxes(Tensor):
 
 
 class WeightedAnchors:
-    """Goes before a class that assigns boxes to anchors in one method and computes the loss of anchors in another.
+    """Weight a class that assigns boxes to anchors in one method and computes the loss of anchors in another.
 
-    So does torchvision's ``RegionProposalNetwork``: ``assign_targets_to_anchors(anchors, targets)`` gives labels and
-    matched boxes, which it gathers by index from ``target["boxes"]``, and ``compute_loss(objectness,
-    pred_bbox_deltas, labels, regression_targets)`` asks ``self.fg_bg_sampler`` which anchors count.
+    torchvision's ``RegionProposalNetwork`` has this form. ``assign_targets_to_anchors(anchors, targets)`` returns
+    labels and matched boxes, gathered by index from ``target["boxes"]``. ``compute_loss(objectness, pred_bbox_deltas,
+    labels, regression_targets)`` asks ``self.fg_bg_sampler`` which anchors count.
 
     Attributes:
-        weighting: How the weights count.
+        weighting: How weights count.
     """
 
     weighting = DEFAULT
@@ -116,21 +112,21 @@ class WeightedAnchors:
 
     @eager
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, outside of `torch.compile`: the labels that carry weights pass through it."""
+        """Run the parent's forward outside of `torch.compile`, since labels that carry weights pass through it."""
         return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     @eager
     def assign_targets_to_anchors(
         self, anchors: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Match anchors to boxes; the labels carry the weight of each anchor's box to :meth:`compute_loss`."""
+        """Match anchors to boxes. The labels carry the weight of each anchor's box to `compute_loss`."""
         weights = weigh_targets(targets, self.weighting)
         assign = super().assign_targets_to_anchors  # type: ignore[misc]
         if weights is None:
             return assign(anchors, targets)  # type: ignore[no-any-return]
-        # The parent gathers the matched boxes but tells no indices, so the weights ride on the boxes it gathers.
-        riding = [{**t, "boxes": _WeightedBoxes.of(t["boxes"], w[1:])} for t, w in zip(targets, weights, strict=True)]
-        labels, boxes = assign(anchors, riding)
+        # The parent gathers the matched boxes but returns no indices, so the boxes carry the weights.
+        carrying = [{**t, "boxes": _WeightedBoxes.of(t["boxes"], w[1:])} for t, w in zip(targets, weights, strict=True)]
+        labels, boxes = assign(anchors, carrying)
         for i, (b, w) in enumerate(zip(boxes, weights, strict=True)):
             if not isinstance(b, WeightedTensor) and len(w) > 1:
                 raise NotImplementedError(
@@ -145,25 +141,25 @@ class WeightedAnchors:
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The losses of the network, each anchor's multiplied by the weight of its box."""
+        """Compute the losses of the network, that of each anchor multiplied by the weight of its box."""
         compute = super().compute_loss  # type: ignore[misc]
         if not any(isinstance(y, WeightedTensor) for y in labels):
             return compute(objectness, pred_bbox_deltas, labels, regression_targets)  # type: ignore[no-any-return]
         rows = torch.cat([weights_of(y).expand(y.shape) for y in labels])
         labels = [y.as_subclass(Tensor) for y in labels]  # the sampler needs no weights
         targets = labels
-        if self.weighting.objectness == "target" and self.weighting.heeds("loss_objectness"):
+        if self.weighting.objectness == "target" and self.weighting.uses("loss_objectness"):
             soft = rows.split([len(y) for y in labels])  # type: ignore[no-untyped-call]
             targets = [torch.where(y > 0, w, y) for y, w in zip(labels, soft, strict=True)]
         sampling: AbstractContextManager[None] = nullcontext()
         if targets is not labels or self.weighting.normalizer != "count":
-            # The sampler must see labels, and what it draws must be known before the losses are divided by it.
+            # The sampler needs labels, and its draw must be known before the losses are divided by it.
             sampled = self.fg_bg_sampler(labels)
             sampling = _sampling(self, sampled)
             rows = self.weighting.normalized(rows, torch.cat([p | n for p, n in zip(*sampled, strict=True)]) > 0)
-        if self.weighting.heeds("loss_rpn_box_reg"):
+        if self.weighting.uses("loss_rpn_box_reg"):
             pred_bbox_deltas = weighted(pred_bbox_deltas, rows[:, None])
-        if self.weighting.heeds("loss_objectness") and targets is labels:
+        if self.weighting.uses("loss_objectness") and targets is labels:
             objectness = weighted(objectness, rows[:, None])
         with sampling:
             return compute(objectness, pred_bbox_deltas, targets, regression_targets)  # type: ignore[no-any-return]
@@ -171,7 +167,7 @@ class WeightedAnchors:
 
 @contextmanager
 def _sampling(head: Any, sampled: tuple[list[Tensor], list[Tensor]]) -> Iterator[None]:
-    """Have a head's sampler give what it has drawn already."""
+    """Let a head's sampler return what it has drawn already."""
     own = vars(head)
     kept = own.get("fg_bg_sampler")
     own["fg_bg_sampler"] = lambda _: sampled
@@ -179,25 +175,25 @@ def _sampling(head: Any, sampled: tuple[list[Tensor], list[Tensor]]) -> Iterator
         yield
     finally:
         del own["fg_bg_sampler"]
-        if kept is not None:  # else it is a module, which torch holds elsewhere
+        if kept is not None:  # otherwise it is a submodule, which torch holds elsewhere
             own["fg_bg_sampler"] = kept
 
 
 class WeightedProposals:
-    """Goes before a class whose losses gather predictions by the labels and matched indices of sampled proposals.
+    """Weight a class whose losses gather predictions by the labels and matched indices of sampled proposals.
 
-    So does torchvision's ``RoIHeads``: ``select_training_samples(proposals, targets)`` gives proposals, matched
+    torchvision's ``RoIHeads`` has this form: ``select_training_samples(proposals, targets)`` returns proposals, matched
     indices, labels and regression targets, each a list of B.
 
     Attributes:
-        weighting: How the weights count.
+        weighting: How weights count.
     """
 
     weighting = DEFAULT
 
-    @eager  # its loss functions are no methods
+    @eager  # its loss functions are not methods
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The parent's, with the losses that heed no weights taken from its stock functions."""
+        """Run the parent's forward, with stock functions for the losses that use no weights."""
         run = super().forward  # type: ignore[misc]
         if self.weighting.terms is None:
             return run(*args, **kwargs)
@@ -212,16 +208,16 @@ class WeightedProposals:
     def select_training_samples(
         self, proposals: list[Tensor], targets: list[Target]
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-        """Sample proposals; their labels and matched indices carry the weight of the box they are matched to.
+        """Sample proposals. Their labels and matched indices carry the weight of the box they are matched to.
 
-        The losses gather predictions by these labels, and targets by these indices, and so get the weights.
+        The losses gather predictions by these labels and targets by these indices, and so get the weights.
         """
-        # Of torchvision's predictors; others keep their secret.
+        # Only torchvision's predictors tell the number of classes.
         scores = getattr(getattr(self, "box_predictor", None), "cls_score", None)
         weights = weigh_targets(targets, self.weighting, num_classes=getattr(scores, "out_features", None))
         proposals, matched_idxs, labels, deltas = super().select_training_samples(proposals, targets)  # type: ignore[misc]
         if weights is not None:
-            # Background is matched to box 0 here, and only its label tells.
+            # Background is matched to box 0 here. Only its label tells it apart.
             rows = [weigh_rows(w, m.where(y > 0, -1)) for w, m, y in zip(weights, matched_idxs, labels, strict=True)]
             positives = rows
             if self.weighting.normalizer != "count":  # of the losses of boxes, and of masks and keypoints
@@ -255,7 +251,7 @@ def _picked(function: Callable[..., Any], terms: tuple[str, ...], weighting: Wei
 
 
 class Seam(NamedTuple):
-    """The mixin for a class of torchvision, and the losses it computes."""
+    """Mixin for a class of torchvision, and the losses that it computes."""
 
     mixin: type
     terms: tuple[str, ...]

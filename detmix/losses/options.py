@@ -1,4 +1,4 @@
-"""How weights count: the choices that :func:`detmix.weight_losses` offers."""
+"""Choose how weights count: the options of `detmix.weight_losses`."""
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ OBJECTNESS = ("loss", "target")
 
 @dataclass(frozen=True)
 class Weighting:
-    """How weights count; as it stands, a row's whole loss is multiplied by the weight of its box, and nothing else.
+    """Choose how weights count. By default the whole loss of a row is multiplied by the weight of its box.
 
     Args:
-        terms: Names of the losses that heed weights, such as ``{"bbox_regression"}``; the others are the stock ones.
-            A criterion's are named as its ``get_loss`` names them, without the suffix of a layer. ``None`` for all.
-        normalizer: What a loss is divided by: ``"count"``, the stock number of rows, boxes or entries; or
-            ``"weights"``, where the rows or boxes that this number counts count by their weights. Neither is below 1.
-        per_image: Whether one number weighs a whole image, rows matched to no box included: the mean weight of its
-            boxes. GluonCV's Faster R-CNN does so, with 0.5 for every mixed image.
-        objectness: Of a region proposal network: ``"loss"`` multiplies the loss of an anchor by the weight of its
-            box, ``"target"`` makes the weight what the anchor is to predict, as GluonCV's YOLOv3 does.
+        terms: Names of the losses that use weights, such as ``{"bbox_regression"}``. The others stay as they are. Use
+            the names of a criterion's ``get_loss``, without the suffix of a layer. ``None`` means all.
+        normalizer: Divisor of a loss: ``"count"``, the stock number of rows, boxes or entries; or ``"weights"``, which
+            counts each of them by its weight. Neither is below 1.
+        per_image: Use one weight for a whole image, background included: the mean weight of its boxes. GluonCV's Faster
+            R-CNN does so, with 0.5 for every mixed image.
+        objectness: ``"loss"`` multiplies the objectness loss of an RPN's anchor by the weight of its box. ``"target"``
+            uses the weight as the objectness target instead, as GluonCV's YOLOv3 does.
 
     Raises:
         TypeError: If ``terms`` is a single string.
-        ValueError: If ``normalizer`` or ``objectness`` is none of these words.
+        ValueError: If ``normalizer`` or ``objectness`` has another value.
     """
 
     terms: Collection[str] | None = None
@@ -44,23 +44,23 @@ class Weighting:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {known}, but is {getattr(self, name)!r}.")
 
-    def heeds(self, term: str) -> bool:
-        """Whether a loss heeds weights."""
+    def uses(self, term: str) -> bool:
+        """Tell whether a loss uses weights."""
         return self.terms is None or term in self.terms
 
     def pick(self, weighted: dict[str, Tensor], stock: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The losses that heed weights, and the stock ones of the others, which are computed only if there are any."""
-        if all(map(self.heeds, weighted)):
+        """Combine the weighted losses with the stock ones of other terms. These are computed only if there are any."""
+        if all(map(self.uses, weighted)):
             return weighted
-        return weighted | {term: loss for term, loss in stock().items() if not self.heeds(term)}
+        return weighted | {term: loss for term, loss in stock().items() if not self.uses(term)}
 
     def normalized(self, rows: Tensor, counted: Tensor, dim: Any = None) -> Tensor:
-        """Row weights that make losses divided by a count be divided by the sum of the weights that it counts.
+        """Scale the weights of rows so that a loss divided by a count is divided by the sum of weights instead.
 
         Args:
             rows: Weights of rows, of any shape.
             counted: bool, of that shape: the rows that the stock normaliser counts.
-            dim: The dimensions it counts over; ``None`` for all.
+            dim: Dimensions that it counts over; ``None`` for all.
         """
         if self.normalizer == "count":
             return rows

@@ -1,7 +1,7 @@
-"""How weights that are one number a row follow the entries of a tensor, and stay one number a row.
+"""Keep weights as one number per row while the entries of a tensor are sliced, gathered and reshaped.
 
-Throughout, ``weights`` has as many dimensions as the tensor it belongs to, each of the tensor's size or of size 1.
-A loss is mostly small tensors that are sliced and computed on, so :class:`Rows` answers that without calling torch.
+Everywhere ``weights`` has as many dimensions as its tensor, each of the tensor's size or of size 1. A loss mostly
+slices and computes on small tensors. `Rows` follows that without calling torch.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Rows:
-    """The weights of a tensor: ``dims`` says for each of its dimensions which one of ``base`` it runs along.
+    """Weights of a tensor. ``dims`` names, for each dimension of the tensor, the dimension of ``base`` along it.
 
     Along a dimension that is None all entries weigh the same.
     """
@@ -27,23 +27,23 @@ class Rows:
 
     @classmethod
     def of(cls, weights: Tensor) -> "Rows":
-        """Rows of one's own; a dimension of size 1 is one along which all weigh the same."""
+        """Make rows from weights. Along a dimension of size 1 all entries weigh the same."""
         rows = cls(weights, tuple([None if n == 1 else d for d, n in enumerate(weights.shape)]))
         rows._weights = weights
         return rows
 
     @property
     def weights(self) -> Tensor:
-        """One dimension for each of the tensor's, of its size or 1."""
+        """Weights with one dimension for each of the tensor's, of its size or 1."""
         if self._weights is None:
-            # Those that dims name are in order, and the others are of size 1.
+            # The dimensions in dims are in order. All others have size 1.
             self._weights = self.base.reshape([1 if d is None else self.base.size(d) for d in self.dims])
         return self._weights
 
     def gathered(self, shape: Sequence[int], entries: tuple[Any, ...]) -> "Rows":
-        """The rows of ``x[entries]`` for an ``x`` of this shape.
+        """Return the rows of ``x[entries]`` for an ``x`` of this shape.
 
-        The last are kept: predictions and targets are often gathered alike, and so have the very same weights.
+        Remembers the last: predictions and targets are often gathered by the same index, and then share their weights.
         """
         key = [(e, _version(e)) for e in entries]
         if self._gathered is not None:
@@ -55,7 +55,7 @@ class Rows:
         return rows
 
     def same(self, other: "Rows") -> bool:
-        """Whether both are the same weights along the same dimensions, which is known without reading them."""
+        """Tell, without reading values, whether both are the same weights along the same dimensions."""
         return self is other or (self.base is other.base and self.dims == other.dims)
 
     def pad(self, ndim: int) -> "Rows":
@@ -79,7 +79,7 @@ class Rows:
         return Rows(self.base, tuple([d for i, d in enumerate(self.dims) if i not in gone]))
 
     def sliced(self, entries: tuple[Any, ...]) -> "Rows | None":
-        """The rows of ``x[entries]``, or None if an entry picks some of the weights, or is a tensor or a list."""
+        """Return the rows of ``x[entries]``, or None if an entry picks some of the weights or is no slice or number."""
         dims, d = list[int | None](), 0
         for entry in entries:
             if entry is None:
@@ -108,22 +108,22 @@ def pad(weights: Tensor, ndim: int) -> Tensor:
 
 
 def broadcast(*shapes: Sequence[int]) -> tuple[int, ...]:
-    """The shape that all the given ones broadcast to."""
+    """Return the shape that all the given ones broadcast to."""
     return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
 
 
 def fits(weights: Tensor, shape: Sequence[int]) -> bool:
-    """Whether ``weights`` broadcast to ``shape`` without changing it."""
+    """Tell whether ``weights`` broadcast to ``shape`` without changing it."""
     return weights.ndim <= len(shape) and all(
         w in (1, n) for w, n in zip(reversed(weights.shape), reversed(shape), strict=False)
     )
 
 
 def reshaped(weights: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """The weights of a tensor of shape ``old`` once it is reshaped to ``new``.
+    """Return the weights of a tensor of shape ``old`` after it is reshaped to ``new``.
 
-    Old and new dimensions fall into runs of equal product; a run without weights stays without. In another, entries
-    that lie side by side and weigh the same go on sharing a weight as far as whole new dimensions divide them.
+    Old and new dimensions fall into runs of equal product. A run along which all entries weigh the same stays so. In
+    any other run, neighbours of equal weight keep sharing one, as far as whole new dimensions divide them.
     """
     if 0 in old:
         return weights.new_ones((1,) * len(new))
@@ -156,7 +156,7 @@ def reshaped(weights: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
 
 
 def indexed(weights: Tensor, shape: Sequence[int], index: Any) -> Tensor:
-    """The weights of ``x[index]`` for an ``x`` of this shape: only dimensions that a tensor indexes are spread."""
+    """Return the weights of ``x[index]`` for an ``x`` of this shape, expanded only where a tensor indexes it."""
     entries = [
         torch.as_tensor(e) if isinstance(e, list) else e for e in (index if isinstance(index, tuple) else [index])
     ]
@@ -175,10 +175,10 @@ def indexed(weights: Tensor, shape: Sequence[int], index: Any) -> Tensor:
 
 
 def _version(entry: Any) -> float:
-    """What changes when a tensor is written to; of one that does not tell, a number that equals none."""
-    if not isinstance(entry, Tensor):
-        return 0
-    return nan if entry.is_inference() else entry._version
+    """Return a number that changes when an entry of an index does; NaN, which equals nothing, where none can tell."""
+    if isinstance(entry, Tensor):
+        return nan if entry.is_inference() else entry._version
+    return 0 if entry is None or entry is Ellipsis or isinstance(entry, slice | int) else nan
 
 
 def _dims_consumed(entry: Any) -> int:
@@ -190,7 +190,7 @@ def _dims_consumed(entry: Any) -> int:
 
 
 def joined(parts: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
-    """The weights of tensors joined along ``dim``, where each has the given size."""
+    """Return the weights of tensors joined along ``dim``, where each has the given size."""
     if all(same(parts[0], part) for part in parts) and parts[0].size(dim) == 1:
         return parts[0]
     shape = list(broadcast(*(part.select(dim, 0).unsqueeze(dim).shape for part in parts if part.size(dim))))
@@ -198,12 +198,12 @@ def joined(parts: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are one piece of memory read in one way, which is known without reading it."""
+    """Tell whether two tensors are the same memory in the same layout, without reading values."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def agreed(rows: Sequence[Rows]) -> Rows | None:
-    """The rows of the tensor that the others broadcast to, or None if they differ; all of one number of dimensions."""
+    """Return the rows that all the others broadcast to, or None if they differ. All have as many dimensions."""
     first = rows[0]
     if all(map(first.same, rows)):
         return first
@@ -211,7 +211,7 @@ def agreed(rows: Sequence[Rows]) -> Rows | None:
     for other in [r.weights for r in rows[1:]]:
         shape = broadcast(widest.shape, other.shape)
         widest, narrow = (widest, other) if widest.shape == shape else (other, widest)
-        # Values are compared on the CPU only: on a GPU, Python would wait for it.
+        # Values are compared on the CPU only. On a GPU, Python would wait for it.
         if widest.shape != shape or (widest.device.type == "cpu" and not torch.equal(widest, narrow.expand(shape))):
             return None
     return Rows.of(widest)

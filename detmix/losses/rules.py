@@ -1,19 +1,31 @@
-"""What the functions of torch do to loss weights: fills :data:`detmix.losses.weighted_tensor.RULES`."""
+"""What each function of torch does to the weights of a `WeightedTensor`.
+
+A rule is called in place of the function, as ``rule(function, *args, **kwargs)``, and calls it. `elementwise`, `move`,
+`reduce` and `drop` fit most functions; the others know the arguments of theirs.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401  # loads torch.ops.torchvision
 from torch import Tensor
 from torch.overrides import resolve_name
 
 from detmix.losses.rows import Rows, agreed, joined, pad, reshaped
-from detmix.losses.weighted_tensor import RULES, Function, Rule, WeightedTensor, carry, lost, refuse, weights_of
+from detmix.losses.weighted_tensor import Function, WeightedTensor, carry, lost, rule, weights_of
 
 
+@rule(
+    *("add", "sub", "rsub", "mul", "div", "true_divide", "pow", "neg", "abs", "square", "sqrt", "rsqrt"),
+    *("reciprocal", "__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__"),
+    *("__rtruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "exp", "expm1", "log", "log1p", "log2", "atan"),
+    *("arctan", "tanh", "sigmoid", "logsigmoid", "softplus", "relu", "clamp", "clip", "clamp_min", "clamp_max"),
+    *("minimum", "maximum", "sign", "floor", "ceil", "round", "lerp", "nan_to_num"),
+)
 def elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Rule for functions whose entries each come from one entry of every operand, broadcast as usual."""
+    """Keep the weights of the operands: each entry of the result comes from one entry of every operand, broadcast."""
     out = func(*args, **kwargs)
     if out.dtype == torch.bool:
         return out
@@ -21,17 +33,19 @@ def elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     return carry(out, agreed_rows(func, carried))
 
 
+@rule("diag", "diagonal", "index_select", "masked_select", "flip", "roll")
 def move(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Rule for functions that move the entries of their first argument: the weights are moved by the same function.
+    """Move the weights with the same function, for functions that move the entries of their first argument.
 
-    The weights are spread to the shape of the argument first, which costs no memory, but may in the function.
+    The weights are expanded to the shape of the argument first. That takes memory only if the function copies them.
     """
     out = func(x, *args, **kwargs)
     return carry(out, func(x.weights.expand(x.shape), *args, **kwargs)) if isinstance(x, WeightedTensor) else out
 
 
+@rule("sum", "mean")
 def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """Rule for sums and means: entries of one weight stay weighted, entries of several are multiplied and then summed.
+    """Apply the weights where entries of different weights are summed or averaged; keep them where all weigh the same.
 
     So ``losses.sum(1)`` of weights ``(N, 1)`` carries weights ``(N,)``. This also keeps a ratio of two such sums right.
     """
@@ -49,16 +63,14 @@ def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool
 
 
 _LARGE = 2**18  # entries; to write the product of fewer takes less time than not to
-
-
 _TOTALS = (torch.sum, torch.mean, Tensor.sum, Tensor.mean)
 
 
 class _WeightedSum(torch.autograd.Function):
-    """``func(x * weights)`` for a sum or mean of all entries, without writing ``x * weights`` or its gradient.
+    """Compute ``func(x * weights)``, a sum or mean of all entries, without storing ``x * weights`` or its gradient.
 
-    That product alone costs a dense head a tenth of its loss's time. Where all weights are 1, the value must be
-    ``func(x)`` to the bit, which a sum of the sums of rows is not.
+    Storing that product takes 4 to 7 % of the loss of a dense head. Where all weights are 1, the value must equal
+    ``func(x)`` exactly, and a sum of the sums of rows does not.
     """
 
     @staticmethod
@@ -80,32 +92,46 @@ class _WeightedSum(torch.autograd.Function):
         return (grad * weights).to(grad.dtype).expand(ctx.shape), None if rows is None else grad * rows, None
 
 
+# What is detached is a constant: a target, such as an IoU, or a factor. What it is combined with has the weights.
+# Mask R-CNN crops the masks it is to predict with boxes numbered by weighted indices: the crops are targets.
+@rule(
+    *("detach", "argmax", "argmin", "argsort", "nonzero", "isnan", "isinf", "isfinite"),
+    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__"),
+    *("size", "dim", "numel", "__len__", "is_floating_point"),
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    torch.ops.torchvision.roi_align,
+)
 def drop(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Rule for functions whose result is no loss and of no row: indices, masks, targets that never carry weights."""
+    """Drop the weights: the result is no loss and of no row, such as indices, masks and targets."""
     return func(*args, **kwargs)
 
 
 def agreed_rows(func: Function, candidates: list[Rows]) -> Rows:
-    """The weights of the operands of one call, which must be the same, and must be some."""
-    if not candidates:  # only something nested in an argument carries weights
+    """Return the weights of the operands of one call. They must agree, and at least one operand must have some."""
+    if not candidates:  # weights are nested somewhere in an argument
         raise lost(func)
-    if (rows := agreed(candidates)) is None:  # rows meet only themselves: else, whose weight would the result have?
+    if (rows := agreed(candidates)) is None:  # otherwise, which weight would the result have?
         raise NotImplementedError(f"{resolve_name(func)} was called on tensors of different loss weights.")
     return rows
 
 
 def scaled(x: Tensor, weights: Tensor) -> Tensor:
-    """``x * weights`` in the dtype of ``x``: under autocast it is the narrower, and the sum to follow runs in it."""
+    """Return ``x * weights`` in the dtype of ``x``: under autocast that is the narrower one, and the sum runs in it."""
     return (x * weights).to(x.dtype)
 
 
 def _dims(dim: Any) -> tuple[int, ...]:
-    """The dimensions of ``sum(1)``, ``sum(0, 1)``, ``sum((0, 1))`` or ``sum(dim=...)``; none for all of them."""
+    """Return the dimensions of ``sum(1)``, ``sum(0, 1)``, ``sum((0, 1))`` or ``sum(dim=...)``; ``()`` means all."""
     if dim is None or isinstance(dim, int):
         return () if dim is None else (dim,)
     return tuple(d for part in dim for d in _dims(part))
 
 
+@rule(
+    *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
+    *("expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
+)
 def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     out = func(x, *args, **kwargs)
     if not isinstance(x, WeightedTensor) or out.dtype == torch.bool:
@@ -113,24 +139,29 @@ def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return carry(out, x.rows.pad(out.ndim) if out.device == x.device else pad(x.weights, out.ndim).to(out.device))
 
 
+@rule("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze")
 def _reshape(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     out = func(x, *args, **kwargs)
     return carry(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
 
 
+@rule("repeat")
 def _repeat(func: Function, x: WeightedTensor, *sizes: Any) -> Any:
     return carry(func(x, *sizes), func(x.weights.expand(x.shape), *sizes))
 
 
+@rule("transpose", "permute", "movedim", "swapaxes", "t", "unsqueeze")
 def _permute(func: Function, x: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
     return carry(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
 
 
+@rule("unbind")
 def _unbind(func: Function, x: WeightedTensor, dim: int = 0) -> Any:
     outs, rows = func(x, dim), x.rows.remove((dim,))
     return tuple(map(carry, outs, x.weights.unbind(dim) if rows is None else [rows] * len(outs)))
 
 
+@rule("split", "chunk")
 def _split(func: Function, x: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
     outs = func(x, sizes, dim)
     if x.rows.dims[dim] is None:
@@ -138,11 +169,13 @@ def _split(func: Function, x: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
     return tuple(carry(out, part) for out, part in zip(outs, func(x.weights, sizes, dim), strict=True))
 
 
+@rule("cat", "concat")
 def _cat(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     dim %= max(x.ndim for x in tensors)
     return carry(func(tensors, dim), joined([weights_of(x) for x in tensors], [x.size(dim) for x in tensors], dim))
 
 
+@rule("stack")
 def _stack(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     dim %= tensors[0].ndim + 1
     out, rows = func(tensors, dim), [x.rows for x in tensors if type(x) is WeightedTensor]
@@ -156,13 +189,14 @@ def _indexed(x: WeightedTensor, entries: tuple[Any, ...]) -> Rows:
     return x.rows.gathered(x.shape, entries) if rows is None else rows
 
 
+@rule("__getitem__")
 def _getitem(func: Function, x: Tensor, index: Any) -> Any:
     out = func(x, index)
     entries = index if isinstance(index, tuple) else (index,)
     carried = [_indexed(x, entries)] if type(x) is WeightedTensor else []
     if WeightedTensor in map(type, entries):
-        # Rows gathered on behalf of an object weigh what it weighs. They lie along the first dimensions, if the
-        # index starts with tensors and has them side by side.
+        # Rows gathered by an object's index get its weight. They lie along the first dimensions if the index starts
+        # with tensors, side by side.
         indices = [entry for entry in entries if isinstance(entry, Tensor)]
         if any(i is not e or i.dtype in (torch.bool, torch.uint8) for i, e in zip(indices, entries, strict=False)):
             raise lost(func, x, index)
@@ -172,6 +206,7 @@ def _getitem(func: Function, x: Tensor, index: Any) -> Any:
     return carry(out, agreed_rows(func, carried))
 
 
+@rule("__setitem__")
 def _setitem(func: Function, x: Tensor, index: Any, value: Any) -> None:
     if not isinstance(x, WeightedTensor):
         raise lost(func, x, index, value)
@@ -181,10 +216,12 @@ def _setitem(func: Function, x: Tensor, index: Any, value: Any) -> None:
     func(x, index, value)
 
 
+@rule("where")
 def _where(func: Function, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
     return elementwise(func, condition, *args, **kwargs) if args or kwargs else func(condition)
 
 
+@rule("max", "min")
 def _extreme(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(operand, Tensor) for operand in (*args, *kwargs.values())):
         return elementwise(func, x, *args, **kwargs)
@@ -193,8 +230,9 @@ def _extreme(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _sort(func, x, *args, **kwargs)
 
 
+@rule("sort")
 def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    """Values and indices along ``dim``: a value has the weight of the entry it is."""
+    """Give each value along ``dim`` the weight of the entry it comes from."""
     result = func(x, dim, *args, **kwargs)
     values, indices = result
     weights = weights_of(x)
@@ -204,27 +242,31 @@ def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -
     return type(result)((carry(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
 
 
+@rule("topk")
 def _topk(func: Function, x: WeightedTensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
     return _sort(lambda x, dim: func(x, k, dim, *args, **kwargs), x, dim)
 
 
+@rule("interpolate", "grid_sample")
 def _resample(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Each map of ``(N, C, ...)`` is sampled for itself, at points that belong to it and carry no weights."""
+    """Keep the weights of maps ``(N, C, ...)`` that are sampled one by one, at points without weights."""
     points = any(isinstance(arg, WeightedTensor) for arg in (*args, *kwargs.values()))
     if points or any(weights_of(x).size(d) > 1 for d in range(2, x.ndim)):
         raise lost(func, x, *args, **kwargs)
     return carry(func(x, *args, **kwargs), weights_of(x))
 
 
+@rule("softmax", "log_softmax")
 def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:
     if x.rows.dims[dim] is not None:  # the result would mix entries of different weights
         raise lost(func, x)
     return carry(func(x, dim, *args, **kwargs), x.rows)
 
 
+@rule("l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "kl_div")
 def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
     loss = elementwise(func, *args, reduction="none", **kwargs)
-    # The gradient reaches this loss's own kernel, which rounds as the memory layout tells it to: hence a dense one.
+    # A dense gradient, as the stock loss has: its kernel rounds differently on an expanded one.
     if reduction == "none":
         return loss
     if reduction == "batchmean":
@@ -232,16 +274,18 @@ def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) ->
     return getattr(Tensor, reduction)(scaled(loss, loss.weights))
 
 
+@rule("binary_cross_entropy", "binary_cross_entropy_with_logits")
 def _binary_cross_entropy(
     func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
 ) -> Any:
     if reduction == "none":
         return elementwise(func, x, y, weight=weight, reduction="none", **kwargs)
-    # Only as the function's own factor do weights keep the order in which its gradient is divided by the mean's count.
+    # As the function's own factor, weights keep the order in which it divides its gradient by the mean's count.
     weights = agreed_rows(func, [part.rows for part in (x, y, weight) if isinstance(part, WeightedTensor)]).weights
     return func(x, y, weights if weight is None else weights * weight, reduction=reduction, **kwargs)
 
 
+@rule("cross_entropy")
 def _cross_entropy(
     func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
 ) -> Any:
@@ -260,53 +304,3 @@ def _cross_entropy(
     # Scaling the log-probabilities keeps nll_loss's own summation order and so its bits; scaling its output would not.
     x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
     return F.nll_loss(scaled(F.log_softmax(x, classes), rows.weights), y, weight, reduction=reduction, **kwargs)
-
-
-def _register(rule: Rule, *names: str) -> None:
-    for name in names:
-        RULES.update({getattr(home, name): rule for home in (Tensor, torch, F) if hasattr(home, name)})
-
-
-_register(
-    elementwise,
-    *("add", "sub", "rsub", "mul", "div", "true_divide", "pow", "neg", "abs", "square", "sqrt", "rsqrt", "reciprocal"),
-    *("__add__", "__radd__", "__sub__", "__rsub__", "__mul__", "__rmul__", "__truediv__", "__rtruediv__", "__pow__"),
-    *("__rpow__", "__neg__", "__abs__", "exp", "expm1", "log", "log1p", "log2", "atan", "arctan", "tanh", "sigmoid"),
-    *("logsigmoid", "softplus", "relu", "clamp", "clip", "clamp_min", "clamp_max", "minimum", "maximum", "sign"),
-    *("floor", "ceil", "round", "lerp", "nan_to_num"),
-)
-_register(
-    _like_first,
-    *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
-    *("expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
-)
-_register(_reshape, "view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze")
-_register(_repeat, "repeat")
-_register(_permute, "transpose", "permute", "movedim", "swapaxes", "t", "unsqueeze")
-_register(move, "diag", "diagonal", "index_select", "masked_select", "flip", "roll")
-_register(_unbind, "unbind")
-_register(_split, "split", "chunk")
-_register(_cat, "cat", "concat")
-_register(_stack, "stack")
-_register(_getitem, "__getitem__")
-_register(_setitem, "__setitem__")
-_register(_where, "where")
-_register(_extreme, "max", "min")
-_register(_sort, "sort")
-_register(_topk, "topk")
-_register(_resample, "interpolate", "grid_sample")
-_register(_along, "softmax", "log_softmax")
-_register(reduce, "sum", "mean")
-_register(_loss, "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "kl_div")
-_register(_binary_cross_entropy, "binary_cross_entropy", "binary_cross_entropy_with_logits")
-_register(_cross_entropy, "cross_entropy")
-# What is detached is a constant: a target, such as an IoU, or a factor. What it is combined with has the weights.
-_register(drop, "detach")
-_register(
-    drop, "argmax", "argmin", "argsort", "nonzero", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"
-)
-_register(drop, "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "isnan", "isinf", "isfinite")
-_register(drop, "size", "dim", "numel", "__len__", "is_floating_point")
-_register(refuse, "backward")
-for _name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda"):
-    RULES[getattr(Tensor, _name).__get__] = drop

@@ -1,7 +1,7 @@
-"""Make the detectors of ``transformers`` heed ``label["weights"]``.
+"""Make the detectors of ``transformers`` use ``label["weights"]``.
 
-They build their criterion anew at each step, inside of a function that the model holds as ``loss_function``. The same
-code is run here with the names of its criteria bound to weighted subclasses of them; nothing is copied or patched.
+They build a new criterion at each step, inside a function that the model holds as ``loss_function``. `rebound` runs the
+same code with the names of its criteria bound to weighted subclasses. Nothing is copied or patched.
 """
 
 import functools
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 from torch.utils._pytree import tree_map
 
-from detmix.losses.box_weights import CheckedTargets, weigh_targets, eager
+from detmix.losses.box_weights import CheckedTargets, eager, weigh_targets
 from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.options import DEFAULT, Weighting
 from detmix.losses.weighted_tensor import WeightedTensor, carry
 
 ROW_FUNCTIONS = frozenset({"box_iou", "center_to_corners_format", "generalized_box_iou"})
-"""Functions of ``(num_rows, 4)`` boxes that give a row for each: as one step, they cost weights no time."""
+"""Functions that return one row for each of ``(num_rows, 4)`` boxes. Run as one operation, without dispatch inside."""
 
 
 class WeightedLossFunction:
-    """A model's loss function, with its criterion weighted.
+    """Run a model's loss function with its criterion weighted.
 
     Args:
-        function: A function of the module level that names a criterion with DETR's ``get_loss``, has an argument
-            ``labels`` and returns the losses by name as its second result.
-        weighting: How the weights count.
+        function: Function at module level that names a criterion with DETR's ``get_loss``, has an argument ``labels``
+            and returns the losses by name as its second result.
+        weighting: How weights count.
 
     Raises:
-        ValueError: When called, if a term of the weighting is none of its losses.
+        ValueError: When called, if a term of the weighting is not one of its losses.
     """
 
     def __init__(self, function: FunctionType, weighting: Weighting = DEFAULT) -> None:
@@ -40,7 +40,7 @@ class WeightedLossFunction:
 
     @eager
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns, its losses weighted."""
+        """Return what the function returns, with weighted losses."""
         call = _signature(self.function).bind(*args, **kwargs)
         labels = call.arguments["labels"]
         if (weights := weigh_targets(labels, self.weighting)) is not None:
@@ -56,7 +56,7 @@ _signature = functools.cache(inspect.signature)
 
 
 def weighted_criteria(function: Any, weighting: Weighting = DEFAULT) -> dict[str, type]:
-    """Weighted subclasses of the criteria that a function names, by name; empty if it is no function or names none."""
+    """Make weighted subclasses of the criteria that a function names, by name; empty if it names none."""
     if not isinstance(function, FunctionType) or function.__closure__:
         return {}
     named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
@@ -69,7 +69,7 @@ def weighted_criteria(function: Any, weighting: Weighting = DEFAULT) -> dict[str
 
 @functools.cache
 def weighted_criterion(criterion: type, weighting: Weighting) -> type:
-    """A weighted subclass, whose methods find functions that work row by row under the names of the stock ones."""
+    """Make a weighted subclass whose methods call `ROW_FUNCTIONS` as one operation."""
     members: dict[str, Any] = {"weighting": weighting}
     for name, method in inspect.getmembers(criterion, inspect.isfunction):
         used = ROW_FUNCTIONS.intersection(method.__code__.co_names, method.__globals__)
@@ -79,7 +79,7 @@ def weighted_criterion(criterion: type, weighting: Weighting) -> type:
 
 
 def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that computes each row of its results from one row of its first argument, told so."""
+    """Let a function that computes each result row from one row of its first argument run as one operation."""
 
     def call(x: Tensor, *args: Any) -> Any:
         if type(x) is not WeightedTensor or x.rows.dims[-1] is not None or WeightedTensor in map(type, args):
@@ -91,7 +91,7 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def rebound(function: FunctionType, names: dict[str, Any]) -> FunctionType:
-    """The same code, with some of the names of its module bound to something else."""
+    """Make a function of the same code, with some names of its module bound to other objects."""
     new = FunctionType(
         function.__code__, function.__globals__ | names, function.__name__, function.__defaults__, function.__closure__
     )
@@ -100,7 +100,7 @@ def rebound(function: FunctionType, names: dict[str, Any]) -> FunctionType:
 
 
 def is_transformers_detector(module: nn.Module) -> bool:
-    """Whether a module is a model of ``transformers`` whose loss has a criterion; that package is not imported."""
+    """Tell whether a module is a model of ``transformers`` with a criterion, without importing that package."""
     own = any(cls.__module__ == "transformers.modeling_utils" for cls in type(module).__mro__)
     if not own or getattr(module, "loss_type", None) is None:
         return False

@@ -1,15 +1,15 @@
-"""A tensor that carries the loss weights of its rows and applies them where rows are summed.
+"""A tensor that carries one loss weight for each of its rows and applies them where rows are summed.
 
-Loss code written without weights runs on it unchanged. Three things can happen to an entry, and each function is known
-to do one of them: it is *computed on* or *moved*, and its weight goes along; or it is *summed* with entries of another
-weight, and is multiplied by its own just before. A function that is not known raises, so that no loss counts 1 in
-silence: :data:`RULES` says what is known, and takes more.
+Loss code written without weights runs on it unchanged. Every function of torch does one of three things to an entry: it
+*computes on* it or *moves* it, and the weight goes along; or it *sums* it with entries of other weights, and each is
+multiplied by its own weight first. `RULES` says which. A function without a rule raises, so no weight is lost silently.
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass  # the switch that torchvision's tv_tensors use for the same purpose
 from torch.overrides import resolve_name
@@ -21,40 +21,52 @@ Function = Callable[..., Any]
 Rule = Callable[..., Any]
 
 RULES: dict[Function, Rule] = {}
-"""What each function does to weights: ``RULES[function] = rule``, where ``rule(function, *args, **kwargs)`` calls it.
+"""The rule of each function. Add one as ``detmix.losses.RULES[function] = detmix.losses.elementwise``, say."""
 
-The rules a new entry will want are :func:`elementwise`, :func:`move`, :func:`reduce` and :func:`drop`.
-"""
+
+def rule(*functions: str | Function) -> Callable[[Rule], Rule]:
+    """Register a rule for functions: torch's by name, wherever `Tensor`, `torch` and its ``functional`` have it."""
+
+    def register(made: Rule) -> Rule:
+        for function in functions:
+            if isinstance(function, str):
+                homes = [home for home in (Tensor, torch, F) if hasattr(home, function)]
+                RULES.update({getattr(home, function): made for home in homes})
+            else:
+                RULES[function] = made
+        return made
+
+    return register
 
 
 class WeightedTensor(Tensor):
-    """A tensor whose entries count ``weights`` times in a sum or a mean; made by :func:`weighted`."""
+    """A tensor whose entries count ``weights`` times in a sum or a mean. `weighted` makes one."""
 
     rows: Rows
 
     @property
     def weights(self) -> Tensor:
-        """What each entry counts: as many dimensions as the tensor, each of its size or 1."""
+        """The weight of each entry: as many dimensions as the tensor has, each of its size or 1."""
         return self.rows.weights
 
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call ``func`` by its rule, on tensors that it sees as plain ones."""
+        """Call the rule of ``func``, which sees the tensors as plain ones."""
         kwargs = kwargs or {}
         with DisableTorchFunctionSubclass():
-            rule = refuse if kwargs.get("out") is not None else RULES.get(func, _unknown)
+            rule = refuse if kwargs.get("out") is not None else RULES.get(func, _call_unknown)
             return rule(func, *args, **kwargs)
 
 
 def weighted(x: Tensor, weights: Tensor) -> WeightedTensor:
     """View ``x`` as a tensor whose entries count ``weights`` times in a sum or a mean.
 
-    What is computed from the result keeps the weights, until they are applied at the sum. A mean still divides by
-    the number of entries, not by the sum of the weights.
+    Everything computed from the result keeps the weights until a sum applies them. A mean still divides by the number
+    of entries, not by the sum of the weights.
 
     Args:
-        x: Any tensor. Integers carry weights too: what is gathered with a weighted index has the index's weights.
-        weights: Floating point, of a shape that broadcasts to that of ``x``: ``(N, 1)`` for one weight a row.
+        x: Any tensor. An index of integers passes its weights on to what it gathers.
+        weights: Floating point, of a shape that broadcasts to that of ``x``, such as ``(N, 1)`` for one weight a row.
 
     Raises:
         ValueError: If the weights do not broadcast to the shape of ``x``.
@@ -71,15 +83,15 @@ def weighted(x: Tensor, weights: Tensor) -> WeightedTensor:
 
 
 def weights_of(x: Tensor) -> Tensor:
-    """The weights ``x`` carries, of a shape that broadcasts to its own; a single 1 for a tensor that carries none."""
+    """Return the weights of ``x``, of a shape that broadcasts to its own; a single 1 if it has none."""
     return x.weights if isinstance(x, WeightedTensor) else torch.ones((1,) * x.ndim, device=x.device)
 
 
 def carry(x: Tensor, weights: Rows | Tensor) -> WeightedTensor:
-    """Have a function's fresh result carry weights, which have its number of dimensions and fit.
+    """Attach weights to the fresh result of a function. They must have as many dimensions and broadcast to it.
 
-    Python's class of a plain tensor is switched: ``as_subclass`` would make a view of it, another node for autograd to
-    visit, and take longer than most of what a loss computes on its rows.
+    This switches the Python class of a plain tensor. ``as_subclass`` would make a view of it, which adds a node to the
+    autograd graph and takes longer than most operations of a loss.
     """
     if type(x) is Tensor:
         x.__class__ = WeightedTensor
@@ -89,24 +101,25 @@ def carry(x: Tensor, weights: Rows | Tensor) -> WeightedTensor:
     return x  # type: ignore[return-value]
 
 
-def _unknown(func: Function, *args: Any, **kwargs: Any) -> Any:
+def _call_unknown(func: Function, *args: Any, **kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     if any(isinstance(leaf, Tensor) and leaf.dtype != torch.bool for leaf in tree_leaves(out)):
         raise lost(func, *args, **kwargs)
     return out  # a shape, a dtype, a number, a comparison
 
 
+@rule("backward")
 def refuse(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Rule for functions that would count every weight 1, as ``backward`` before any sum."""
+    """Raise, for functions that would count every row once, as ``backward`` before any sum."""
     raise lost(func, *args, **kwargs)
 
 
 def lost(func: Function, *args: Any, **kwargs: Any) -> NotImplementedError:
-    """The error for a call that would lose weights."""
+    """Make the error for a call that would lose weights."""
     carriers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WeightedTensor)]
     shapes = " and ".join(f"{tuple(x.shape)} with weights {tuple(x.weights.shape)}" for x in carriers)
     name = resolve_name(func) or getattr(func, "__name__", repr(func))
     return NotImplementedError(
         f"{name}, called on a tensor of shape {shapes}, has no rule that keeps these loss weights. Add one with "
-        f"detmix.losses.weighted_tensor.RULES[{name}] = rule, where rule is elementwise, move, reduce or drop."
+        f"detmix.losses.RULES[{name}] = rule, where rule is elementwise, move, reduce or drop of detmix.losses."
     )

@@ -1,0 +1,1 @@
+"""Mixing: blend two images and merge their targets, and write ``target["weights"]``."""

@@ -1,4 +1,4 @@
-"""mixup_arrays: an endless stream of mixed batches from arrays, for classification without a DataLoader."""
+"""Stream mixed batches from arrays, for classification without a DataLoader."""
 
 import operator
 from collections.abc import Iterator
@@ -22,33 +22,33 @@ def mixup_arrays(
 ) -> Iterator[tuple[Images, Labels]]:
     """Mix arrays for classification [arXiv:1710.09412], batch by batch, without end.
 
-    As the MixupGenerator known from Keras: every step takes twice ``batch_size`` new entries and mixes the first half
-    with the second. An epoch uses no entry twice; the up to ``2 * batch_size - 1`` entries left at its end are left
-    out, others each time if ``shuffle``. Only the entries of a step are read and copied, so memory-mapped arrays work.
+    Works as the MixupGenerator known from Keras. Each step takes ``2 * batch_size`` new entries and mixes the first
+    half with the second. No entry is used twice in an epoch. Up to ``2 * batch_size - 1`` entries are left over at its
+    end; with ``shuffle`` they are others in each epoch. Each step reads and copies its own entries only, so
+    memory-mapped arrays work.
 
-    The stream starts where ``mixup`` stands, at its epoch and its number of batches in it, and counts both on: a
-    schedule (``start``, ``stop``, ``ramp``) needs no ``set_epoch``, and ``mixup.epoch`` is the epoch of the last batch.
-    With ``MixUp(seed=...)`` shuffling and mixing depend on these alone, so the ``state_dict`` of ``mixup`` is enough to
-    go on with the very next batch; without a seed ``torch.manual_seed`` decides. Give every stream a MixUp of its own.
+    The stream starts at the epoch and batch of ``mixup`` and advances both. A schedule (``start``, ``stop``, ``ramp``)
+    needs no ``set_epoch``, and ``mixup.epoch`` is the epoch of the last batch. With ``MixUp(seed=...)`` the order and
+    the mixes depend on these alone: restore the ``state_dict`` of ``mixup`` to continue with the next batch. Without a
+    seed `torch.manual_seed` determines them. Give each stream a `MixUp` of its own.
 
     Args:
-        images: ``(N, ...)`` of any modality, integer or floating point; integers are rounded.
-        labels: Classes ``(N,)``, integers from 0, which need ``MixUp(num_classes=...)``, or one-hot or soft labels
+        images: ``(N, ...)`` of any modality, integer or floating point. Integers are rounded.
+        labels: Classes ``(N,)``, integers from 0, which require ``MixUp(num_classes=...)``; or one-hot or soft labels
             ``(N, num_classes)``.
-        batch_size: The entries of a mixed batch, at most half of N.
-        mixup: How to mix; ``MixUp(alpha=0.2)`` if ``None``, as the MixupGenerator. Its ``pairing`` chooses for each
-            entry of the first half one of the second.
-        shuffle: Take the entries of each epoch in a new order; in that of the arrays if not.
+        batch_size: Entries of a mixed batch, at most half of N.
+        mixup: How to mix; ``MixUp(alpha=0.2)`` if ``None``, as the MixupGenerator. Its ``pairing`` chooses, for each
+            entry of the first half, one of the second.
+        shuffle: Take the entries of each epoch in a new order. Without, in the order of the arrays.
 
     Returns:
-        An iterator over ``(batch, soft)``, ``(batch_size, ...)`` and ``(batch_size, num_classes)``, arrays for arrays
-        and tensors for tensors: the batch in the dtype of ``images``, the soft labels floating point, float32 for
-        integers.
+        An iterator over ``(batch, soft)``: ``(batch_size, ...)`` in the dtype of ``images``, and soft labels
+        ``(batch_size, num_classes)``, floating point, float32 for integers. Arrays for arrays, tensors for tensors.
 
     Raises:
-        TypeError: if one of the two is neither a tensor nor a numpy array, or the settings of ``mixup`` are for
+        TypeError: If one of the two is neither a tensor nor a numpy array, or the settings of ``mixup`` are for
             detection.
-        ValueError: if their lengths differ, ``batch_size`` is outside 1..N // 2, or ``labels`` have another shape, lie
+        ValueError: If their lengths differ, ``batch_size`` is outside 1..N // 2, or ``labels`` have another shape, lie
             outside ``num_classes`` or lack it.
 
     Example:
@@ -66,10 +66,10 @@ def mixup_arrays(
         raise ValueError(f"images and labels must be of one length, but have {len(images)} and {len(labels)} entries.")
     if not 1 <= operator.index(batch_size) <= len(images) // 2:
         raise ValueError(
-            f"batch_size must lie in 1..{len(images) // 2}, as a step mixes two entries of {len(images)} for each that "
-            f"it gives, but it is {batch_size}."
+            f"batch_size must lie in 1..{len(images) // 2}, half of the {len(images)} entries, since each step mixes "
+            f"twice as many, but it is {batch_size}."
         )
-    # Mixing two entries, those of the lowest and the highest class, shows now what would fail in the midst of a run.
+    # Mix the entries of the lowest and the highest class now: wrong settings fail here, not in the middle of a run.
     classes = labels + 0 if labels.ndim == 1 else torch.arange(2)  # argmin knows no bool tensors
     rows = torch.tensor([int(classes.argmin()), int(classes.argmax())])
     mixup(*_load(images, labels, rows), [Mix(1, 0.5, (0.5, 0.5)), Mix()])

@@ -1,4 +1,4 @@
-"""Where pixels are blended: each is written once, by the fastest routine there is for its dtype, layout and device."""
+"""Write blends: every pixel once, with the fastest routine for its dtype, memory layout and device."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,17 +16,17 @@ from detmix.mixing.memory import Blend, Layout, Step
 
 Window = tuple[slice, slice]
 Routine = Callable[[Sequence[Any], Sequence[Layout], Sequence[float]], None]
-"""Writes blends of given layouts, with levels as `write` takes them."""
+"""Write blends of the given layouts, with levels as `write` takes them."""
 BLOCK_BYTES = 2**18
-"""Of each entry of a batch that is mixed in place: three of them fit into the second cache of most processors."""
+"""Block size for each image of a batch. Three blocks fit into the second-level cache of most processors."""
 
 
 def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
-    """Write blends, none of which reads what another writes.
+    """Write blends. None may read what another writes.
 
     Args:
-        blends: Images ``(C, H, W)`` of one dtype on one device, or entries of any other shape that all three have.
-        levels: The value of a pixel that an image does not cover: one, or one a channel.
+        blends: Images ``(C, H, W)`` of one dtype on one device, or tensors of any other shape that all three share.
+        levels: Value of pixels that an image does not cover: one, or one per channel.
     """
     if not blends:
         return
@@ -41,16 +41,16 @@ def write(blends: Sequence[Blend], levels: Sequence[float]) -> None:
         blends = [blend for blend in odd if not _write_reordered(blend, levels, routine, canvases)]
         if not blends:
             return
-    # Made on the device: a tensor of the host's would have to be copied there.
+    # Made on the device, so that nothing is copied from the host.
     level = torch.cat([out.new_full((1, 1, 1), value) for value in levels])
     for blend in blends:
         _write_by_torch(blend, level)
 
 
 def copy_pixels(image: Tensor, out: Tensor) -> None:
-    """Copy an image ``(C, H, W)`` into memory of any order.
+    """Copy an image ``(C, H, W)`` into memory of any layout.
 
-    From bytes of pixels to planes, as decoders and models have them, OpenCV takes a fifth of the time that torch does.
+    From uint8 pixels (decoders) to planes (models), OpenCV takes a fifth of torch's time.
     """
     is_split = image.is_cpu and out.is_cpu and image.dtype == out.dtype == torch.uint8 and image.numel()
     if is_split and image.stride()[::2] == (1, image.shape[0]) and out.stride(2) == 1:
@@ -62,16 +62,16 @@ def copy_pixels(image: Tensor, out: Tensor) -> None:
 
 
 def write_batch(out: Tensor, first: Tensor, second: Tensor, steps: Sequence[Step], levels: Sequence[float]) -> None:
-    """Write blends of entries of batches, one after the other; ``out`` may be ``first``, which is then overwritten.
+    """Write blends of the images of batches, one after the other. ``out`` may be ``first``, which is then overwritten.
 
-    On the host, entries that lie alike in memory are rows of matrices. Floats are done in blocks, all entries of one
-    before the next: one that has just been read or written is often the next to be read, and is in the cache still.
+    On the CPU, images of one memory layout are rows of a matrix. Floats are written block by block, each block for all
+    images: what one step has just written, the next often reads, and it is still in the cache.
 
     Args:
-        out: A batch ``(B, ...)``.
-        first: A batch ``(B, ...)``.
-        second: A batch ``(M, ...)``, of smaller images, maybe; ``out`` too, maybe.
-        steps: The blends, in this order.
+        out: Batch ``(B, ...)``.
+        first: Batch ``(B, ...)``.
+        second: Batch ``(M, ...)``. Its images may be smaller, and it may be ``out``.
+        steps: The blends, in order.
         levels: See `write`.
     """
     matrices = _as_rows(out, first, second)
@@ -81,10 +81,10 @@ def write_batch(out: Tensor, first: Tensor, second: Tensor, steps: Sequence[Step
         for block in zip(*[torch.split(matrix, BLOCK_BYTES // out.itemsize, 1) for matrix in matrices], strict=True):
             _write_steps([rows.unbind() for rows in block], steps, Tensor.clone, _lerp_into)
     elif out is second:
-        # Entries by index, as autograd does not let parts of one unbind be written.
+        # Indexed one by one: autograd does not allow writing into the results of one unbind.
         _write_steps([out, first, second], steps, Tensor.clone, lambda *blend: write([Blend(*blend)], levels))
     else:
-        write([Blend(out[step.entry], first[step.entry], second[step.partner], step.lam) for step in steps], levels)
+        write([Blend(out[step.place], first[step.place], second[step.partner], step.lam) for step in steps], levels)
 
 
 def _write_steps(
@@ -100,7 +100,7 @@ def _write_steps(
 
 
 def _as_rows(*batches: Tensor) -> list[Tensor] | None:
-    """Batches of the host as matrices of one row an entry; None if their entries are not dense and alike."""
+    """View batches on the CPU as matrices, one row per image; None if images differ in layout or have gaps."""
     out = batches[0]
     is_known = out.is_cpu and (out.is_floating_point() or out.dtype == torch.uint8) and out.ndim > 1
     if not is_known or _is_tracked(*batches) or any(batch.shape[1:] != out.shape[1:] for batch in batches):
@@ -112,7 +112,7 @@ def _as_rows(*batches: Tensor) -> list[Tensor] | None:
 
 
 def _find_routine(out: Tensor) -> Routine | None:
-    """What writes blends that are stacks of planes, if there is better than torch's operations."""
+    """Find a routine that is faster than torch's operations."""
     if out.is_cuda:
         return _find_fused(out.device).get(out.dtype)
     return _write_by_opencv if out.is_cpu and out.dtype == torch.uint8 else None
@@ -120,27 +120,27 @@ def _find_routine(out: Tensor) -> Routine | None:
 
 @cache
 def _find_fused(device: torch.device) -> dict[torch.dtype, Routine]:
-    """What writes all blends in one launch on a CUDA device, for each dtype it can; nothing if Triton does not run."""
+    """Find the kernel that writes all blends in one launch, for each dtype it knows; none if Triton does not run."""
     if find_spec("triton") is None:
         return {}
     image = torch.zeros(1, 1, 16, dtype=torch.uint8, device=device)
     try:
-        from detmix.mixing import blend_triton as fused
+        from detmix.mixing import blend_triton  # needs Triton, and takes time to import
 
-        fused.write([Blend(image, image, image, 1.0)], ["flat"], [0])
-    except Exception as error:  # whatever it is, such as no C compiler for its launcher, images can be blended
+        blend_triton.write([Blend(image, image, image, 1.0)], ["flat"], [0])
+    except Exception as error:  # such as a missing C compiler; torch can blend all the same
         warnings.warn(f"Triton cannot run on {device}, so images are blended by torch, slower: {error}", stacklevel=2)
         return {}
-    return dict.fromkeys(fused.DTYPES, fused.write)
+    return dict.fromkeys(blend_triton.DTYPES, blend_triton.write)
 
 
 def _is_tracked(*tensors: Tensor) -> bool:
-    """Whether autograd watches."""
+    """Tell whether autograd records operations on the tensors."""
     return tensors[0].is_floating_point() and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _layout(blend: Blend, levels: Sequence[float]) -> Layout | None:
-    """The planes without gaps in their rows that all three tensors are; None if they are not, or of several orders."""
+    """Find the layout that all three tensors share, rows without gaps; None if they share none."""
     out, first, second, _ = blend
     is_alike = out.shape == first.shape == second.shape and out.stride() == first.stride() == second.stride()
     if is_alike and (out.is_contiguous() or out.movedim(0, -1).is_contiguous()):
@@ -150,12 +150,12 @@ def _layout(blend: Blend, levels: Sequence[float]) -> Layout | None:
     strides = {tensor.stride()[::2] for tensor in (out, first, second)}
     if all(column == 1 for _, column in strides):
         return "channels first"
-    # A row of pixels has one level only if its channels have.
+    # A row of pixels has one level only if all channels have the same.
     return "channels last" if len(levels) == 1 and strides == {(1, out.shape[0])} else None
 
 
 def _write_reordered(blend: Blend, levels: Sequence[float], routine: Routine, canvases: dict[Any, Tensor]) -> bool:
-    """Write a blend in the memory order of its first image, and then in that of out; whether that helps."""
+    """Write a blend in the layout of its first image and copy it to that of out. Return False if that cannot help."""
     out, first, second, lam = blend
     like: dict[str, Any] = {"dtype": out.dtype, "device": out.device}
     order = sorted(range(out.ndim), key=first.stride, reverse=True)
@@ -163,7 +163,7 @@ def _write_reordered(blend: Blend, levels: Sequence[float], routine: Routine, ca
         return False
     if second.shape != first.shape or second.stride() != first.stride():
         second = torch.empty_permuted(second.shape, order, **like).copy_(second)
-    canvas = canvases.get((out.shape, *order))  # one for all that are alike, so that it stays in the cache
+    canvas = canvases.get((out.shape, *order))  # shared by all blends that are alike, so that it stays in the cache
     if canvas is None:
         canvas = canvases[out.shape, *order] = torch.empty_permuted(out.shape, order, **like)
     ordered = Blend(canvas, first, second, lam)
@@ -176,7 +176,7 @@ def _write_reordered(blend: Blend, levels: Sequence[float], routine: Routine, ca
 
 
 def _windows(out: Sequence[int], first: Sequence[int], second: Sequence[int]) -> list[tuple[Window, list[bool]]]:
-    """The parts of a canvas, and which of two images cover each; sizes are (height, width)."""
+    """Split a canvas into windows and say which of two images cover each; sizes are (height, width)."""
     rows, columns = sorted({0, out[0], first[0], second[0]}), sorted({0, out[1], first[1], second[1]})
     return [
         ((slice(top, bottom), slice(left, right)), [bottom <= size[0] and right <= size[1] for size in (first, second)])
@@ -221,12 +221,12 @@ def _lerp_into(out: Tensor, first: Tensor, second: Tensor, share: float) -> None
 
 
 def _is_mean(share: float, out: Tensor) -> bool:
-    # torch's lerp is exact at 0 and 1, rounds half precision once, and is symmetric in its ends but in their middle.
+    # torch's lerp is exact at 0 and 1 and rounds half precision once. Only at 0.5 is it not symmetric.
     return share == 0.5 and out.dtype.itemsize > 2
 
 
 def _write_by_opencv(blends: Sequence[Blend], layouts: Sequence[Layout], levels: Sequence[float]) -> None:
-    """Blend bytes of the host in one pass, without floats in memory."""
+    """Blend uint8 images on the CPU in one pass, without floats in memory."""
     import cv2
 
     for blend, layout in zip(blends, layouts, strict=True):
@@ -258,12 +258,12 @@ def _add_weighted(*blend: Any) -> None:
 
 
 def _larger_first(out: Any, first: Any, second: Any, lam: float) -> tuple[Any, Any, Any, float]:
-    """The same blend with the larger share first, so that both orders of two images are one computation."""
+    """Put the larger share first, so that both orders of two images give the same result."""
     return (out, first, second, lam) if lam >= 0.5 else (out, second, first, 1 - lam)
 
 
 def _planes(tensor: Tensor, layout: Layout) -> list[npt.NDArray[np.uint8]]:
-    """The memory of a tensor as planes of rows."""
+    """View the memory of a tensor as planes of rows."""
     array = tensor.numpy()
     if layout == "channels first":
         return [*array]

@@ -1,4 +1,4 @@
-"""MixUpDataset: mix each sample of a dataset with a random other one of it."""
+"""Mix each sample of a dataset with another one of it."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,44 +9,46 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as TF
 
+from detmix.mixing.batch import mix_by_plan
 from detmix.mixing.pairing import CONDITIONS
 from detmix.mixing.plan import Mix
 from detmix.mixing.transform import MixUp
 from detmix.targets import Sample, Target, annotated, check_target
 
 TRIES = 16
-"""How many partners are loaded at most to find one that meets a condition."""
+"""Partners that are loaded at most to find one that meets a condition."""
 
 
 class MixUpDataset(Dataset[Sample]):
-    """Mix each sample of a map-style detection dataset with a random other one, wherever it stands in the dataset.
+    """Mix each sample of a map-style detection dataset with a random other sample of it.
 
-    For training loops of one's own. It loads two samples for each one that it mixes, and one for each other: with
-    ``p=0.5`` a loader of JPEGs without further augmentation gave 0.50 to 0.73 times the images a second, while `MixUp`
-    on the batch, which loads one, gave 0.83 to 1.38 times (see the README's "Speed"). A set without a length, such as a
-    stream, cannot offer partners: mix its batches.
+    For your own training loop. It loads two samples for each one that it mixes. With ``p=0.5`` a loader of JPEGs
+    without further augmentation gave 0.50 to 0.73 times the images per second. `MixUp` on the batch loads one image per
+    sample and gave 0.83 to 1.38 times (see "Speed" in the README). Iterable datasets cannot be wrapped; mix their
+    batches.
 
     Without a seed the draws follow torch's generator, which a `DataLoader` seeds anew in each worker and epoch. With
-    ``MixUp(seed=...)`` they depend on the seed, the epoch, the rank and the index alone, so they are the same for any
-    number of workers; call `set_epoch` before each epoch then, as for a `DistributedSampler`, or every epoch repeats
-    the first. A schedule (``start``, ``stop``, ``ramp``) needs it too. The epoch lies in shared memory, so it reaches
+    ``MixUp(seed=...)`` they depend on the seed, the epoch, the rank and the index only, so the number of workers does
+    not matter. Call `set_epoch` before each epoch then, as for a `DistributedSampler`; otherwise every epoch repeats
+    the first. A schedule (``start``, ``stop``, ``ramp``) needs it too. The epoch lies in shared memory and reaches
     workers that are already running (``persistent_workers=True``).
 
     Args:
-        dataset: Gives ``(image, target)`` for an index: a tensor ``(C, H, W)``, a PIL image or a numpy array
-            ``(H, W, C)``, and a dict with ``boxes``. torchvision's CocoDetection, VOCDetection, Kitti, WIDERFace and
-            CelebA do under ``wrap_dataset_for_transforms_v2``; where they name their boxes otherwise, or give none for
-            an image without annotations, the key is ``boxes`` here.
+        dataset: Returns ``(image, target)`` for an index: the image a tensor ``(C, H, W)``, a PIL image or a numpy
+            array ``(H, W, C)``, the target a dict with ``boxes``. torchvision's CocoDetection, VOCDetection, Kitti,
+            WIDERFace and CelebA do so under ``wrap_dataset_for_transforms_v2``. Where these name their boxes otherwise,
+            or have none for an image without annotations, the key is ``boxes`` here.
         mixup: How to mix; ``MixUp()`` if ``None``. Its ``pairing`` may be a condition (``"with_boxes"``,
-            ``"same_class"``, ``"different_class"``): up to 16 partners are loaded then until one meets it, and the
-            sample is left as it is if none does.
-        pool: Another dataset that the partners come from, such as one without labels (targets ``{}`` or ``None``).
-        partner: A function of ``(index, rng)`` that chooses the partner's index, or -1 for none, such as one of the
-            nearest neighbours; any other sample if ``None``.
+            ``"same_class"``, ``"different_class"``). Then up to 16 partners are loaded until one meets it. If none
+            does, the sample stays unmixed.
+        pool: Dataset that the partners come from, such as one without labels (targets ``{}`` or ``None``).
+        partner: Function of ``(index, rng)`` that returns the index of the partner, or -1 for none. ``None`` chooses
+            any other sample.
 
     Raises:
-        TypeError: if a dataset has no length, or a sample is not an ``(image, target)`` pair with boxes.
-        ValueError: if ``mixup`` pairs a batch as a whole, or ``partner`` chooses a sample that there is not or itself.
+        TypeError: If a dataset has no length, or a sample is not an ``(image, target)`` pair with boxes.
+        ValueError: If ``mixup`` pairs whole batches, or ``partner`` returns the sample itself or one that does not
+            exist.
 
     Example:
         >>> import torch
@@ -68,11 +70,13 @@ class MixUpDataset(Dataset[Sample]):
         for name, source in (("dataset", dataset), ("pool", dataset if pool is None else pool)):
             if not (hasattr(source, "__getitem__") and hasattr(source, "__len__")):
                 raise TypeError(
-                    f"{name} must have a length and give samples by index, but {type(source).__name__} does not; mix "
-                    f"the batches of a stream with MixUp."
+                    f"{name} must have a length and return samples by index, but {type(source).__name__} does not. Mix "
+                    f"the batches of an iterable dataset with MixUp."
                 )
         self.dataset, self.pool, self.partner = dataset, pool, partner
         self.mixup = MixUp() if mixup is None else mixup
+        if self.mixup.inplace:
+            raise TypeError("inplace of mixup must be False: it needs one batch tensor, and a dataset has samples.")
         if self.mixup.pairing not in ("rotation", *CONDITIONS):
             raise ValueError(
                 f"pairing must be one of {['rotation', *CONDITIONS]} for single samples, but it is "
@@ -83,11 +87,11 @@ class MixUpDataset(Dataset[Sample]):
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next draws are for, in this process and in running workers."""
+        """Set the epoch of the next samples, in this process and in running workers."""
         self.mixup.set_epoch(epoch)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``, mixed with another; the keys it gains are those `MixUp` describes."""
+        """Return the sample at ``index``, mixed. `MixUp` describes the keys that its target gains."""
         size = len(self)
         if not -size <= index < size:
             raise IndexError(f"index {index} is outside a dataset of {size} samples.")
@@ -96,11 +100,9 @@ class MixUpDataset(Dataset[Sample]):
         mix = self.mixup.draw(rng)
         first = _load(self.dataset, index)
         j, second = (-1, None) if mix.lam == 1 else self._partner(index, first[1], rng)
-        if second is None:
-            (image,), (target,) = self.mixup([first[0]], [first[1]], [Mix()])
-        else:
-            pool = [second[0]], [second[1]]
-            (image,), (target,) = self.mixup([first[0]], [first[1]], [mix._replace(partner=0)], pool=pool)
+        plan = [Mix() if second is None else mix._replace(partner=0)]
+        pool = None if second is None else ([second[0]], [second[1]])
+        (image,), (target,) = mix_by_plan([first[0]], [first[1]], plan, pool=pool, **self.mixup.options)
         return image, target | {"partner": j}
 
     def _partner(self, index: int, target: Target, rng: random.Random) -> tuple[int, Sample | None]:

@@ -1,4 +1,4 @@
-"""What belongs to each box of a target: which keys do, and how their values are joined, chosen and made empty."""
+"""Join the per-box values of two targets, whatever their types."""
 
 import copy
 from collections.abc import Sequence
@@ -14,15 +14,16 @@ from torchvision.transforms.v2 import functional as TF
 from detmix.targets import like, plain
 
 SHARED_BYTES = 2**18
-"""How large a tensor may be that several targets hold parts of: what would be larger is joined for each by itself."""
+"""Largest tensor that several targets may hold parts of. Larger values are joined for each target by itself."""
 
 _JOINABLE = (Tensor, tv_tensors.BoundingBoxes, tv_tensors.KeyPoints)
 
 
 def as_alike(key: str, values: Sequence[Any], numbers: Sequence[int]) -> Sequence[Tensor] | None:
-    """The values as plain tensors, if one `torch.cat` joins them all and each has its number of entries; else ``None``.
+    """Return the values as plain tensors if one `torch.cat` can join them all, otherwise ``None``.
 
-    Plain tensors can be alike, boxes of one format, and keypoints. Masks are not, as each image has its own canvas.
+    That holds for plain tensors, boxes of one format and keypoints, alike in dtype, device and shape of an entry, each
+    with its number of entries. It does not hold for masks, since each image has its own canvas.
     """
     kind, tensors = type(values[0]), values
     if key == "masks" or kind not in _JOINABLE or {*map(type, values)} != {kind}:
@@ -36,21 +37,21 @@ def as_alike(key: str, values: Sequence[Any], numbers: Sequence[int]) -> Sequenc
     for tensor, number in zip(tensors, numbers, strict=True):
         if tensor.shape != (number, *entry) or tensor.dtype != dtype or tensor.device != device:
             return None
-        if tensor.requires_grad != requires_grad:  # or all would
+        if tensor.requires_grad != requires_grad:  # joined, all would require it
             return None
     return None if first.is_sparse else tensors
 
 
 def join_alike(tensors: Sequence[Tensor], samples: Sequence[Sequence[int]], sizes: list[int]) -> Sequence[Tensor]:
-    """Join the tensors of each sample, those of all samples in one operation.
+    """Join the tensors of each sample, for all samples in one operation.
 
-    The results are parts of one tensor then; but not if that had more than `SHARED_BYTES`, which would all be kept and
-    stored along with any of them.
+    The results are parts of one tensor. If that would have more than `SHARED_BYTES`, they are not: all of it would be
+    kept in memory, and stored, with any of them.
 
     Args:
-        tensors: Those of a batch, all alike.
-        samples: The places of first and second among them, or of a first alone.
-        sizes: How many entries the result of each sample has.
+        tensors: Tensors of a batch, all alike.
+        samples: For each sample the places of first and second among the tensors, or of a first alone.
+        sizes: Number of entries in the result of each sample.
 
     Returns:
         A new tensor for each sample.
@@ -65,18 +66,19 @@ def join_alike(tensors: Sequence[Tensor], samples: Sequence[Sequence[int]], size
 
 
 def split(joined: Tensor, sizes: list[int]) -> Sequence[Tensor]:
-    """Cut a tensor that nobody else holds into tensors ``(size, ...)``, each of which may be changed in place.
+    """Cut a tensor that nobody else holds into tensors ``(size, ...)`` that can each be changed in place.
 
-    Autograd would not let views be changed that ``split`` makes, and would see the others change with those of slices.
+    Autograd does not allow changing the views that ``split`` makes. Of slices, it would count a change to one as a
+    change to all.
     """
     return [joined] if len(sizes) == 1 else torch.unsafe_split_with_sizes(joined, sizes)
 
 
 def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
-    """Put the entries of second behind those of first, as first's type and format, masks padded to the canvas.
+    """Put the entries of second after those of first, in the type and format of first. Pad masks to the canvas.
 
     Raises:
-        ValueError: naming the key, if the two cannot be one value.
+        ValueError: If the two cannot be joined. The message names the key.
     """
     if not isinstance(first, Tensor) and not isinstance(second, Tensor):
         return np.concatenate([first, second]) if isinstance(first, np.ndarray) else [*first, *second]
@@ -91,7 +93,7 @@ def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
             f"{key!r} must be on one device, but is on {first.device} in the first target and on {second.device} in "
             f"the second."
         )
-    # An empty tensor is often made without thought, torch.tensor([]): it must not decide type, dtype or shape.
+    # An empty tensor, often torch.tensor([]), must not determine type, dtype or shape.
     template = first if len(first) or not len(second) else second
     if isinstance(first, tv_tensors.BoundingBoxes) and isinstance(second, tv_tensors.BoundingBoxes):
         template, second = first, _convert(key, first, second)
@@ -114,7 +116,7 @@ def join(key: str, first: Any, second: Any, canvas: tuple[int, int]) -> Any:
 
 
 def copied(value: Any) -> Any:
-    """A per-box value of its own: its entries are copied too, if it is a tensor or an array."""
+    """Copy a per-box value: the entries of a tensor or array too, a list shallowly."""
     return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 

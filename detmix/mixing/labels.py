@@ -1,4 +1,4 @@
-"""Mix class labels by a plan."""
+"""Mix class labels by a plan, for classification."""
 
 from collections.abc import Sequence
 
@@ -6,35 +6,41 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detmix.mixing.plan import Mix
+from detmix.mixing.plan import Mix, check_plan
 
 
 def mix_labels(
     labels: Tensor, plan: Sequence[Mix], *, num_classes: int | None = None, pool: Tensor | None = None
 ) -> Tensor:
-    """Mix class labels by a plan: the soft labels of classification [arXiv:1710.09412, sec. 2].
+    """Mix class labels by a plan and return soft labels [arXiv:1710.09412, sec. 2].
 
     Args:
         labels: Classes ``(B,)``, integers from 0, or one-hot or soft labels ``(B, num_classes)``.
-        plan: For each entry what is done to it.
-        num_classes: Needed for integer labels.
-        pool: The labels that the partners come from, if they do not come from the batch.
+        plan: B mixes.
+        num_classes: Number of classes. Required for integer labels.
+        pool: Labels that the partners come from, if not from the batch.
 
     Returns:
-        Soft labels ``(B, num_classes)``, floating point: float32 for integers.
+        Soft labels ``(B, num_classes)``, floating point; float32 for integer labels.
 
     Raises:
-        ValueError: if labels are neither, or a class lies outside 0..num_classes - 1.
+        ValueError: If labels have another form, a class lies outside 0..num_classes - 1, or the plan does not fit.
 
     Example:
         >>> mix_labels(torch.tensor([0, 2]), [Mix(1, 0.75, (0.75, 0.25)), Mix()], num_classes=3)
         tensor([[0.7500, 0.0000, 0.2500],
                 [0.0000, 0.0000, 1.0000]])
     """
+    check_plan(plan, len(labels), len(labels if pool is None else pool))
+    return mix_labels_by_plan(labels, plan, num_classes=num_classes, pool=pool)
+
+
+def mix_labels_by_plan(
+    labels: Tensor, plan: Sequence[Mix], *, num_classes: int | None = None, pool: Tensor | None = None
+) -> Tensor:
+    """Mix class labels as `mix_labels` does, by a plan that is checked already."""
     first = _one_hot(labels, num_classes, "labels")
     others = first if pool is None else _one_hot(pool, num_classes, "labels of the pool")
-    if not len(first) == len(plan):
-        raise ValueError(f"plan must say what is done to each of {len(first)} labels, but has {len(plan)} entries.")
     if first.shape[1:] != others.shape[1:]:
         raise ValueError(
             f"labels and those of the pool must have the same classes, but have {first.shape[1]} and {others.shape[1]}."

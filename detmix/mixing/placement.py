@@ -1,6 +1,6 @@
-"""Scale the second image and lay it somewhere on the first's canvas, boxes, masks and keypoints following.
+"""Scale the second image and lay it anywhere on the first's canvas. Boxes, masks and keypoints follow.
 
-The form of mixup of YOLOX [arXiv:2107.08430, sec. 2.1] and RTMDet [arXiv:2212.07784]. All geometry is torchvision's.
+YOLOX [arXiv:2107.08430, sec. 2.1] and RTMDet [arXiv:2212.07784] mix so. All geometry is torchvision's.
 """
 
 from collections.abc import Collection, Sequence
@@ -24,26 +24,26 @@ def place(
     fill: float | Sequence[float] = 0.0,
     box_keys: Collection[str] = BOX_KEYS,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Resize a sample, lay it on a canvas and cut off what hangs over, with everything that belongs to its boxes.
+    """Resize a sample, lay it on a canvas and crop it there, with everything that belongs to its boxes.
 
-    Boxes are clamped to the canvas; one of which less than a pixel is left is dropped with all that belongs to it.
-    Which those are only the device knows: on CUDA this waits for it. Keypoints ``(num_boxes, K, 3)`` that leave the
-    canvas keep their place with visibility 0. ``area`` shrinks and grows as its box does.
+    Boxes are clamped to the canvas. A box with less than a pixel left is dropped with all that belongs to it; on CUDA
+    this waits for the GPU. Keypoints ``(num_boxes, K, 3)`` outside the canvas stay, with visibility 0. ``area`` is
+    scaled as its box is.
 
     Args:
         image: Image ``(C, H, W)``.
-        target: Its target: `tv_tensors` of any kind, plain ``boxes`` ``(num_boxes, 4)`` in XYXY, ``masks``
+        target: Target of the image: `tv_tensors` of any kind, plain ``boxes`` ``(num_boxes, 4)`` in XYXY, ``masks``
             ``(num_boxes, H, W)`` and ``keypoints`` ``(num_boxes, K, 2 or 3)``, and further per-box keys.
         canvas: ``(height, width)`` in pixels.
-        placement: Where to.
-        fill: The value of a pixel that the image does not cover: one number, or one a channel.
-        box_keys: The names of the keys that have one entry per box.
+        placement: Where to lay the image.
+        fill: Value of pixels that the image does not cover: one number, or one per channel.
+        box_keys: Keys that hold one entry per box.
 
     Returns:
         A new image ``(C, *canvas)`` and a new target.
 
     Raises:
-        ValueError: if the target holds coordinates that cannot follow, such as polygons.
+        ValueError: If the target holds coordinates that cannot follow, such as polygons.
 
     Example:
         >>> target = {"boxes": torch.tensor([[0.0, 0.0, 4.0, 4.0]])}
@@ -91,7 +91,7 @@ def _move_image(
 
 def _as_boxes(boxes: Tensor, size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
     if isinstance(boxes, tv_tensors.BoundingBoxes):
-        # Where boxes may hang over is for the owner of the target to say; what the canvas cuts off is cut off.
+        # A target whose boxes may reach outside sets its own clamping mode; boxes without one are clamped softly.
         return boxes if boxes.clamping_mode else tv_tensors.wrap(boxes, like=boxes, clamping_mode="soft")
     return tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=size)
 

@@ -1,4 +1,4 @@
-"""MixUp: draw who is mixed with whom and how much, then mix."""
+"""Draw who is mixed with whom and how much, then mix: the transform `MixUp`."""
 
 import os
 import random
@@ -9,69 +9,69 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.data import get_worker_info
 
-from detmix.mixing.batch import mixup_batch
-from detmix.mixing.blend import blend_batch
-from detmix.mixing.labels import mix_labels
+from detmix.mixing.batch import check_memory, check_samples, mix_by_plan
+from detmix.mixing.blend import blend_by_plan
+from detmix.mixing.labels import mix_labels_by_plan
 from detmix.mixing.pairing import PAIRINGS, Pairing, pair
-from detmix.mixing.plan import SHARES, Law, Mix, Placement, Range, check_law, draw_lam, is_range
+from detmix.mixing.plan import SHARES, Law, Mix, Placement, Range, check_law, check_plan, draw_lam, is_range
 from detmix.targets import BOX_KEYS, Target
 
 
 class MixUp(nn.Module):
-    """Mix every sample of a batch with another one of it, for object detection.
+    """Mix every sample of a batch with another one, for object detection.
 
-    The images are blended on a shared canvas without resizing, the boxes of both are kept, each with the share of its
-    image in ``target["weights"]`` [arXiv:1902.04103, sec. 3.1]. Make the loss heed them with `detmix.weight_losses`.
+    Blends the images on a shared canvas without resizing and keeps the boxes of both. Each box gets the share of its
+    image in ``target["weights"]`` [arXiv:1902.04103, sec. 3.1]. `detmix.weight_losses` makes a detector's loss use it.
 
-    The module has no parameters, leaves its inputs alone and runs on the device the batch is on; on CUDA it never waits
-    for the device, but where ``scale``, ``min_weight`` and ``pairing`` say so. It mixes whenever it is called, in
-    ``eval()`` too: do not call it on validation data.
+    The module has no parameters, does not change its inputs, and runs on the device of the batch. On CUDA it never
+    waits for the GPU, except for ``scale``, ``min_weight`` and ``pairing`` as described there. It is not disabled by
+    ``eval()``: call it on training batches only.
 
-    Every target that comes out, mixed or not, holds ``weights`` (float32, one a box), ``source`` (int64, one a box: 0
-    for its own box, 1 for the partner's) and the record of its mix: ``partner`` (the index in the batch, -1 if not
-    mixed), ``lam`` and ``shares`` (floats), ``placement`` and ``canvas`` ``(height, width)``.
+    Every target that it returns, mixed or not, holds ``weights`` (float32, one per box), ``source`` (int64, one per
+    box: 0 for its own box, 1 for the partner's) and a record of the mix: ``partner`` (index in the batch, -1 if not
+    mixed), ``lam`` and ``shares`` (floats), ``placement``, and ``canvas`` ``(height, width)``.
     `detmix.functional.mixup_batch` replays it. A second mix multiplies the weights and writes its own record.
 
-    With a tensor of class labels in place of the targets it is the mixup of classification [arXiv:1710.09412], for
-    images or entries of any other shape, and gives soft labels.
+    With a tensor of class labels instead of targets it is the mixup of classification [arXiv:1710.09412], for images or
+    entries of any shape, and returns soft labels.
 
-    Mix before the images are normalised, and a pixel that only one of two images covers is blended with black, as in
-    the Bag of Freebies; after normalisation ``fill=0`` is the mean colour instead, and black is ``-mean / std`` a
-    channel. torchvision's detectors normalise by themselves, so images in [0, 1] are what they and this want.
+    Mix before the images are normalised: a pixel that only one image covers is then blended with black, as in the Bag
+    of Freebies. After normalisation ``fill=0`` is the mean colour, and black is ``-mean / std`` per channel.
+    torchvision's detectors normalise inside and take images in [0, 1].
 
     Args:
-        alpha: Of the law of ``lam``, Beta(alpha, alpha), or ``(a, b)`` for Beta(a, b). 1.5 is the Bag of Freebies'.
-        p: The probability that a sample is mixed at all.
-        lam: The law of ``lam`` in place of Beta: a constant, ``(low, high)`` for the uniform one, or a function of a
+        alpha: Parameter of the Beta distribution that ``lam`` is drawn from, Beta(alpha, alpha); ``(a, b)`` for
+            Beta(a, b). 1.5 is the value of the Bag of Freebies.
+        p: Probability that a sample is mixed.
+        lam: Distribution of ``lam`` instead of Beta: a constant, ``(low, high)`` for a uniform draw, or a function of a
             `random.Random`. Draws are rounded to multiples of 2**-24, so that both shares are exact in float32.
-        per_batch: Draw whether to mix, and ``lam``, once a batch instead of once a sample.
-        box_weights: ``"lam"`` weighs boxes and labels by the shares of the images. ``"first"`` keeps those of first alone,
-            the partner's weigh 0, with ``lam`` from Beta(alpha + 1, alpha) for a number alpha: in expectation the same
-            loss [F. Huszar, "mixup: Data-dependent Data Augmentation", 2017]. ``"ones"`` leaves weights as they are, as
-            YOLOX and mmdetection do.
-        min_weight: Boxes that would weigh less are dropped; the objects are background then. Waits for a CUDA device
-            only if targets come with weights, or with lists.
-        pairing: ``"rotation"`` of the batch by a random number of places, ``"permutation"``, ``"reversal"``, or for
-            each sample a random one of those that are there (``"random"``), that have boxes (``"with_boxes"``), a class
-            in common (``"same_class"``) or none (``"different_class"``); or a function of ``(targets, pool, rng)``, see
-            `detmix.mixing.pairing.Pairing`. Looking at classes waits for a CUDA device: call `make_plan` before the
-            transfer, where that counts.
-        scale: Jitter the second image, as YOLOX and RTMDet do: it is scaled by a random factor between these two, as a
-            multiple of the size that just fits, and laid at a random place of the first's canvas; see
-            `detmix.mixing.placement.place`. Waits for a CUDA device, as boxes that leave the canvas are dropped.
-        fill: The value of a pixel that an image does not cover: one number, or one a channel.
-        start: The first epoch, counted from 0, that mixes; see `set_epoch`.
-        stop: The first epoch that does not any more; ``None`` mixes to the end.
-        ramp: Over so many epochs from ``start`` the probability rises in equal steps to ``p``.
-        box_keys: Names of further target keys with one entry per box, besides `detmix.functional.BOX_KEYS`.
-        num_classes: Of integer class labels, for classification.
-        inplace: Write the mix into the batch tensor it gets.
-        seed: The draws depend on it, the epoch, the rank and the number of the batch in the epoch, and on nothing else;
-            save and restore that number with ``state_dict``. ``None`` draws from torch's default CPU generator and the
-            rank, so ``torch.manual_seed`` decides.
+        per_batch: Draw once per batch whether to mix, and ``lam``, instead of once per sample.
+        box_weights: ``"lam"`` weights boxes and labels by the shares of the images. ``"first"`` keeps the boxes of the
+            first image at full weight and gives the partner's 0, with ``lam`` from Beta(alpha + 1, alpha) for a number
+            alpha. The expected loss is the same [F. Huszar, "mixup: Data-dependent Data Augmentation", 2017].
+            ``"ones"`` does not scale weights, as YOLOX and mmdetection.
+        min_weight: Drop boxes whose weight would be below this. Their objects become background. Waits for the GPU only
+            if targets have weights of their own, or lists.
+        pairing: ``"rotation"`` of the batch by a random offset, ``"permutation"``, ``"reversal"``; or a random choice
+            among all samples (``"random"``), those with boxes (``"with_boxes"``), with a class in common
+            (``"same_class"``) or with none (``"different_class"``); or a function, see `detmix.mixing.pairing.Pairing`.
+            Reading classes waits for the GPU. Call `make_plan` before the transfer if that matters.
+        scale: Scale the second image by a random factor between these two, as a multiple of the size that just fits,
+            and lay it at a random place of the first's canvas, as YOLOX and RTMDet do; see
+            `detmix.mixing.placement.place`. Waits for the GPU, since boxes that leave the canvas are dropped.
+        fill: Value of pixels that an image does not cover: one number, or one per channel.
+        start: First epoch that mixes, counted from 0; see `set_epoch`.
+        stop: First epoch that no longer mixes; ``None`` mixes to the end.
+        ramp: Number of epochs, from ``start``, over which the probability rises in equal steps to ``p``.
+        box_keys: Further target keys that hold one entry per box, besides `detmix.functional.BOX_KEYS`.
+        num_classes: Number of classes of integer labels, for classification.
+        inplace: Write the mix into the batch tensor that is passed.
+        seed: Seed of the draws. They depend on it, the epoch, the rank and the number of the batch in the epoch only;
+            ``state_dict`` saves that number. ``None`` draws from torch's default CPU generator and the rank, so
+            `torch.manual_seed` determines them.
 
     Raises:
-        ValueError: if an argument is outside its range; when called, if the batch is inconsistent.
+        ValueError: If an argument is out of range; when called, if the batch is inconsistent.
 
     Example:
         >>> images = [torch.rand(3, 32, 48), torch.rand(3, 40, 24)]
@@ -112,26 +112,26 @@ class MixUp(nn.Module):
         self.box_keys = BOX_KEYS | frozenset(box_keys)
         self.num_classes, self.inplace, self.seed = num_classes, inplace, seed
         self._check_arguments()
-        # The epoch and the rank. Workers hold copies of this object; what lies in shared memory reaches them all.
+        # The epoch and the rank, in shared memory: workers hold copies of this object.
         self._shared = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        self._drawn = (0, 0)  # an epoch, and the batches drawn in it
+        self._drawn = (0, 0)  # an epoch, and how many batches were drawn in it
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next batches belong to, in this process and in workers that are already running.
+        """Set the epoch of the next batches, in this process and in workers that are already running.
 
-        Call it before each epoch, if there is a schedule or a seed.
+        Call it before each epoch if there is a schedule or a seed.
         """
         self._shared[0] = epoch
         self._shared[1] = _rank()
 
     @property
     def epoch(self) -> int:
-        """The epoch, counted from 0."""
+        """Epoch of the next batches, counted from 0."""
         return int(self._shared[0])
 
     def probability(self, epoch: int | None = None) -> float:
-        """The probability that a sample is mixed in an epoch: this one, if ``None``.
+        """Return the probability that a sample is mixed in an epoch; in the current one if ``None``.
 
         Example:
             >>> mixup = MixUp(p=0.8, start=1, ramp=2, stop=5)
@@ -148,10 +148,14 @@ class MixUp(nn.Module):
 
         Args:
             targets: B targets, or class labels ``(B,)``.
-            pool: The targets of a second pool, where the partners come from that.
+            pool: Targets that the partners come from, if not from the batch.
 
         Returns:
-            B plans. A sample that finds no partner is left as it is.
+            B mixes. A sample without a partner stays unmixed.
+
+        Raises:
+            TypeError: If targets are not dicts.
+            ValueError: If a pairing function returns no valid partners.
 
         Example:
             >>> MixUp(lam=0.75, pairing="reversal").make_plan([{}, {}])[0]
@@ -173,9 +177,9 @@ class MixUp(nn.Module):
         ]
 
     def make_rng(self, *key: Any) -> random.Random:
-        """A stream of draws, on the CPU, the same whatever device the batch is on.
+        """Make a source of randomness, on the CPU whatever the device of the batch.
 
-        With a seed it depends on that, the epoch, the rank and ``key``; without one, on torch's generator and the rank.
+        With a seed it depends on the seed, the epoch, the rank and ``key``. Without, on torch's generator and the rank.
         """
         if get_worker_info() is None:
             self._shared[1] = _rank()
@@ -185,11 +189,11 @@ class MixUp(nn.Module):
         return random.Random(f"{self.seed} {epoch} {rank} {key}")
 
     def draw(self, rng: random.Random, probability: float | None = None) -> Mix:
-        """One sample's share, and the place of its partner, without saying who that is; ``lam`` is 1 if not mixed.
+        """Draw the share of one sample and the placement of its partner, but not the partner; ``lam`` is 1 if unmixed.
 
         Args:
-            rng: Where the draws come from.
-            probability: That it is mixed at all; this epoch's, if ``None``.
+            rng: Source of randomness.
+            probability: Probability that the sample is mixed; that of the current epoch if ``None``.
         """
         mixed = rng.random() < (self.probability() if probability is None else probability)
         lam = self._draw_lam(rng)
@@ -208,50 +212,65 @@ class MixUp(nn.Module):
         """Mix a batch.
 
         Args:
-            images: A batch ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)`` of any sizes; floating
-                point in any range, or integer. With class labels, a batch ``(B, ...)``.
-            targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and what else belongs to each box; or class
-                labels, integers ``(B,)`` or shares ``(B, num_classes)``.
-            plan: The mixes to replay; drawn with `make_plan` if ``None``.
-            pool: Images and targets that the partners are taken from, the targets ``None`` if there are none; the batch
-                itself if ``None``.
-            out: A batch tensor to write the mix into, also that of a sequence of images whose mixes are of one size:
-                memory of the caller's, for a loop that uses it again, or a ``collate_fn`` that would stack.
+            images: Batch ``(B, C, H, W)``, or a sequence of B images ``(C, H_i, W_i)`` of any sizes; integer, or
+                floating point in any range. With class labels, a batch ``(B, ...)``.
+            targets: B dicts with ``boxes`` ``(num_boxes, 4)`` in pixels and further values per box; or class labels,
+                integers ``(B,)`` or shares ``(B, num_classes)``.
+            plan: Mixes to replay; drawn with `make_plan` if ``None``.
+            pool: Images and targets that the partners come from, if not from the batch. Its targets may be ``None``.
+            out: Batch tensor to write the mix into. Reuse it in a loop, or allocate it in a ``collate_fn`` instead of
+                stacking. Mixes of a sequence of images must all have its size.
 
         Returns:
-            Images, a tensor for a tensor and a list for a sequence, ``out`` if given, and new targets, or soft labels.
+            Images, a tensor for a tensor and a list for a sequence, ``out`` if given; and new targets, or soft labels.
         """
         if pool is not None and pool[1] is None:
             pool = (pool[0], [{}] * len(pool[0]))
-        plan = self.make_plan(targets, None if pool is None else pool[1]) if plan is None else plan
-        if not isinstance(targets, Tensor):
-            options: dict[str, Any] = {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}
-            return mixup_batch(images, targets, plan, pool=pool, inplace=self.inplace, out=out, **options)
-        if not isinstance(images, Tensor) or self.scale is not None:
-            raise TypeError("class labels go with one batch tensor, and with no scale; detection targets are dicts.")
-        entries, labels = (None, None) if pool is None else pool
-        soft = mix_labels(targets, plan, num_classes=self.num_classes, pool=labels)
-        partners, lams = [mix.partner for mix in plan], [mix.lam for mix in plan]
-        memory: dict[str, Any] = {"inplace": self.inplace, "out": out}
-        return blend_batch(images, partners, lams, pool=entries, fill=self.fill, **memory), soft
+        others, other_targets = (None, None) if pool is None else pool
+        if isinstance(targets, Tensor):
+            if not isinstance(images, Tensor) or self.scale is not None:
+                raise TypeError(
+                    "class labels go with one batch tensor, and with no scale; detection targets are dicts."
+                )
+            plan = self._plan(plan, targets, other_targets)
+            soft = mix_labels_by_plan(targets, plan, num_classes=self.num_classes, pool=other_targets)
+            return blend_by_plan(images, plan, pool=others, fill=self.fill, inplace=self.inplace, out=out), soft
+        check_memory(images, self.inplace, out)
+        plan = self._plan(plan, targets, other_targets)
+        targets = check_samples(images, targets)
+        if pool is not None:
+            pool = (pool[0], check_samples(*pool, where="target of the pool,"))
+        return mix_by_plan(images, targets, plan, pool=pool, inplace=self.inplace, out=out, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Settings that apply a plan to samples: ``fill``, ``min_weight`` and ``box_keys``."""
+        return {"fill": self.fill, "min_weight": self.min_weight, "box_keys": self.box_keys}
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Where the draws stand, for ``state_dict``: the epoch and the batches drawn in it."""
+        """Return the position of the draws, for ``state_dict``: the epoch and the batches drawn in it."""
         return {"epoch": self.epoch, "drawn": list(self._drawn)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Go on where ``get_extra_state`` was called."""
+        """Continue from the position that ``get_extra_state`` returned."""
         self.set_epoch(state["epoch"])
         self._drawn = (state["drawn"][0], state["drawn"][1])
 
     def extra_repr(self) -> str:
-        """The settings, for ``print(model)``."""
+        """Show the settings in ``print(model)``."""
         law = f"alpha={self.alpha}" if self.lam is None else f"lam={self.lam}"
         return f"{law}, p={self.p}, box_weights={self.box_weights!r}, pairing={self.pairing!r}, fill={self.fill}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._shared.share_memory_()  # a copy's own, so its workers hear of epochs too
+        self._shared.share_memory_()  # memory of its own, so that the workers of a copy see its epochs
+
+    def _plan(self, plan: Sequence[Mix] | None, targets: Any, others: Any) -> Sequence[Mix]:
+        """Draw a plan, or check one that is given."""
+        if plan is None:
+            return self.make_plan(targets, others)
+        check_plan(plan, len(targets), len(targets if others is None else others))
+        return plan
 
     def _count_batch(self) -> int:
         epoch, count = self._drawn
@@ -284,7 +303,7 @@ class MixUp(nn.Module):
 
 
 def _rank() -> int:
-    """The number of this process among those that train together."""
+    """Return the number of this process among those that train together."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank()
     return int(os.environ.get("RANK", 0))

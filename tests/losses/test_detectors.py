@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import keypoints_to_heatmap, project
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
 from detmix.losses import match_weights, weight_losses
-from detmix.losses.box_weights import box_weights
+from detmix.losses.box_weights import check_weights
 from tests.losses.tiny import (
     CLASSES,
     DETECTORS,

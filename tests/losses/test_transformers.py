@@ -1,225 +1,138 @@
-import copy
-import pickle
-from math import sqrt
-from typing import Any, NamedTuple
-
 import pytest
 import torch
-from torch import Tensor, nn
-from transformers.loss.loss_for_object_detection import ImageLoss
+import transformers as tf
+from torch import nn
+from transformers.loss.loss_for_object_detection import ImageLoss, center_to_corners_format, generalized_box_iou
 
-from detmix import WeightedCriterion, weight_losses
-from tests.losses.tiny_transformers import MODELS, build, forward
-
-WEIGHTS = torch.tensor([0.3, 0.9, 0.0, 0.6, 2.0])
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def model(request):
-    return build(request.param)
-
-
-@pytest.fixture
-def changed(model):
-    return weight_losses(copy.deepcopy(model))
+from detmix import weight_losses
+from detmix.losses import WeightedTensor, weighted
+from detmix.losses.options import DEFAULT
+from detmix.losses.transformers import (
+    WeightedLossFunction,
+    by_row,
+    rebound,
+    weighted_criteria,
+    weighted_criterion,
+)
 
 
-def losses_and_gradients(model, *label_args):
-    model.zero_grad()
-    output = forward(model, *label_args)
-    output.loss.backward()
-    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {name: torch.as_tensor(loss).detach() for name, loss in output.loss_dict.items()}, gradients
+def test_a_model_without_a_criterion_is_named():
+    config = tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic")
+    with pytest.raises(
+        TypeError, match=r"ResNetForImageClassification holds none of the heads .* criterion with get_l"
+    ):
+        weight_losses(tf.ResNetForImageClassification(config))
 
 
-def assert_equal(actual, expected):
-    for one, other in zip(actual, expected, strict=True):
-        assert one.keys() == other.keys()
-        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+class L1(nn.Module):
+    def get_loss(self, loss, outputs, targets, indices, num_boxes):
+        return {"l1": outputs["pred_boxes"].abs().sum() / num_boxes}
 
 
-def test_the_loss_has_its_terms_for_every_output(model, request):
-    terms = MODELS[request.node.callspec.params["model"]][1]
-    expected = {f"loss_{term}{place}" for names, places in terms.items() for term in names.split() for place in places}
-    assert {name for name in forward(model).loss_dict if "cardinality" not in name} == expected
+def loss_function(outputs, labels, num_boxes=4, *, factor=10.0):
+    queries = torch.arange(len(labels[0]["boxes"]))
+    losses = L1().get_loss("boxes", outputs, labels, [(queries, queries)], num_boxes)
+    return factor * losses["l1"], losses
 
 
-def test_unit_and_missing_weights_keep_every_bit(model, changed):
-    stock = losses_and_gradients(model)
-    assert_equal(losses_and_gradients(changed), stock)
-    assert_equal(losses_and_gradients(changed, torch.ones(5)), stock)
+def test_a_loss_function_keeps_its_defaults():
+    label = {"boxes": torch.zeros(2, 4), "weights": torch.tensor([0.25, 0.5])}
+    loss, _ = WeightedLossFunction(loss_function)({"pred_boxes": torch.ones(1, 3, 4)}, [label])
+    assert float(loss) == 10 * 4 * (0.25 + 0.5 + 1) / 4
 
 
-def test_images_without_objects_keep_every_bit(model, changed):
-    if "InstanceSegmentation" in type(model).__name__:
-        pytest.skip("its stock loss is an empty tensor where no image has an object")
-    stock = losses_and_gradients(model, None, (0, 0, 0))
-    assert_equal(losses_and_gradients(changed, torch.ones(0), (0, 0, 0)), stock)
+def test_a_closure_whose_names_cannot_be_bound_is_not_taken_for_one():
+    criterion = L1()
+
+    def closure(outputs):
+        return criterion, L1
+
+    assert weighted_criteria(loss_function).keys() == {"L1"}
+    assert weighted_criteria(closure) == weighted_criteria(criterion) == {}
 
 
-def test_every_term_is_affine_in_the_weights(changed):
-    (at_w, _), (at_0, _), (between, _) = (losses_and_gradients(changed, WEIGHTS * share) for share in (1, 0, 0.5))
-    for name in at_w:
-        torch.testing.assert_close(between[name], (at_w[name] + at_0[name]) / 2, rtol=1e-4, atol=1e-5)
-    # The last layer teaches itself nothing: its loss_ddf is 0.
-    assert [k for k in at_w if at_w[k] and torch.equal(at_w[k], at_0[k]) and "cardinality" not in k] == []
-    assert "loss_ddf_aux_0" not in at_w or at_w["loss_ddf_aux_0"] > 0
+def test_other_modules_are_not_asked_for_their_loss(monkeypatch):
+    def asked(self):
+        raise AssertionError
+
+    stranger = nn.Linear(2, 2)
+    stranger.loss_type = "ForObjectDetection"
+    backbone = tf.ResNetModel(tf.ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic"))
+    monkeypatch.setattr(tf.PreTrainedModel, "loss_function", property(asked))
+    with pytest.raises(TypeError, match="Sequential holds none of the heads"):
+        weight_losses(nn.Sequential(stranger, backbone))
 
 
-class Call(NamedTuple):
-    """A call of the criterion's ``get_loss`` by the model, and what came of it."""
-
-    criterion: Any
-    loss: str
-    outputs: dict[str, Any]
-    targets: list[dict[str, Tensor]]
-    indices: list[tuple[Tensor, Tensor]]
-    num_boxes: float
-    terms: dict[str, Tensor]
+def test_the_weighted_class_of_a_criterion_is_made_once():
+    assert (
+        weighted_criteria(loss_function)["L1"]
+        is weighted_criteria(loss_function)["L1"]
+        is weighted_criterion(L1, DEFAULT)
+    )
+    assert WeightedLossFunction(loss_function).function is loss_function
 
 
-@pytest.fixture
-def calls(changed, monkeypatch):
-    """The calls of ``get_loss`` in a forward pass with given weights, apart from those that count the found."""
+def test_a_rebound_function_keeps_everything_but_the_names():
+    def function(a, b=2, *, c=3):
+        return a, b, c, len([0])
 
-    def of(weights):
-        made = []
-
-        def get_loss(self, *args):
-            terms = stock(self, *args)
-            made.append(Call(self, *args, terms))
-            return terms
-
-        stock = WeightedCriterion.get_loss
-        monkeypatch.setattr(WeightedCriterion, "get_loss", get_loss)
-        terms = [name for name in forward(changed, weights).loss_dict if "cardinality" not in name]
-        made = [call for call in made if call.loss != "cardinality"]
-        assert sum(len(call.terms) for call in made) == len(terms)
-        return made
-
-    names = changed.loss_function.function.__globals__
-    if "sample_points_using_uncertainty" in names:  # each mask's points must be the same with other masks and without
-        sample = names["sample_points_using_uncertainty"]
-
-        def sample_each(masks, *args):
-            points = []
-            for mask in masks.split(1):
-                torch.manual_seed(7)
-                points.append(sample(mask, *args))
-            return torch.cat(points)
-
-        monkeypatch.setitem(names, "sample_points_using_uncertainty", sample_each)
-    return of
+    new = rebound(function, {"len": sum})
+    assert new(1) == (1, 2, 3, 0)
+    assert function(1) == (1, 2, 3, 1)
+    assert (new.__name__, new.__defaults__, new.__kwdefaults__) == ("function", (2,), {"c": 3})
+    assert "len" not in function.__globals__
 
 
-def gradients_of(term, predictions):
-    if not term.requires_grad:
-        return [torch.zeros_like(x) for x in predictions]
-    return torch.autograd.grad(term, predictions, retain_graph=True, allow_unused=True, materialize_grads=True)
+# ---- functions that are told to work row by row ----
+
+BOXES = torch.tensor([[0.5, 0.5, 0.2, 0.4], [0.3, 0.6, 0.4, 0.2], [0.4, 0.4, 0.6, 0.6]])
+ROWS = torch.tensor([[0.5], [0.0], [2.0]])
 
 
-def predictions_of(call):
-    return [x for x in call.outputs.values() if isinstance(x, Tensor) and x.requires_grad]
+def scaled(x, *others):
+    """Stock code that leaves a note of whether weights are followed in it."""
+    out = x * 2 if not others else x * others[0]
+    scaled.followed = type(out) is WeightedTensor
+    return (out, x.sum(1, keepdim=True)) if others else out
 
 
-def test_an_object_of_weight_0_is_in_no_term(calls):
-    for call in calls(torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])):
-        for name, term in call.terms.items():
-            gradients = gradients_of(term, predictions_of(call))
-            heard = {0.0: [], 1.0: []}
-            for image, (queries, boxes) in enumerate(call.indices):
-                for query, box in zip(queries.tolist(), boxes.tolist(), strict=True):
-                    weight = float(call.targets[image]["weights"][box])
-                    heard[weight].append(any(bool(g[image, query].any()) for g in gradients))
-            assert heard[0.0], name
-            assert not any(heard[0.0]), name
-            # The last layer teaches itself nothing; the boxes of Grounding DINO's encoder are constants.
-            silent = (name == "loss_ddf" and term == 0) or not term.requires_grad
-            assert any(heard[1.0]) or silent, name
+@pytest.mark.parametrize("others", [(), (BOXES,)], ids=["alone", "tuple"])
+def test_row_by_row_a_result_is_that_of_riding_through_the_function(others):
+    x = weighted(BOXES, ROWS)
+    expected, got = scaled(x, *others), by_row(scaled)(x, *others)
+    assert not scaled.followed
+    for one, other in zip(*([out] if not others else out for out in (expected, got)), strict=True):
+        assert type(one) is type(other) is WeightedTensor
+        assert torch.equal(one.as_subclass(torch.Tensor), other.as_subclass(torch.Tensor))
+        assert torch.equal(one.weights.expand(one.shape), other.weights.expand(other.shape))
 
 
 @pytest.mark.parametrize(
-    ("model", "call"),
-    [("LwDetrForObjectDetection", 0), ("RTDetrForObjectDetection", -1)],
-    indirect=["model"],
+    ("x", "others"),
+    [
+        (weighted(BOXES, ROWS[:, 0].repeat(2)[:4]), ()),
+        (weighted(BOXES, ROWS.expand(3, 4)), ()),
+        (weighted(BOXES, ROWS), (weighted(BOXES, ROWS),)),
+        (BOXES, (weighted(BOXES, ROWS),)),
+    ],
+    ids=["last_dim", "every_entry", "both", "second"],
 )
-def test_groups_and_denoising_match_an_object_to_several_queries(calls, call):
-    assert sum(len(queries) for queries, _ in calls(WEIGHTS)[call].indices) > len(WEIGHTS)
+def test_other_weights_ride_through_the_function(x, others):
+    by_row(scaled)(x, *others)
+    assert scaled.followed
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if "Deimv2" in name], indirect=True)
-def test_dense_matching_has_one_matching_of_boxes_for_all_layers(calls, changed):
-    matchings = [call.indices for call in calls(WEIGHTS) if call.loss == "boxes"]
-    assert (matchings[0] is matchings[1]) == changed.config.use_dense_one_to_one
-
-
-def share(call, name, matched):
-    """What one query's mean counts in a term that is no sum over queries divided by the number of boxes."""
-    pairs = sum(len(queries) for queries, _ in call.indices)
-    free = call.outputs["logits"].shape[:2].numel() - pairs
-    if name == "loss_ddf":
-        return 1 / sqrt(pairs if matched else free) / (sqrt(pairs) + sqrt(free))
-    if name == "loss_ce" and type(call.criterion).loss_labels is ImageLoss.loss_labels:
-        no_object = float(call.criterion.empty_weight[-1])
-        return (1 if matched else no_object) / (pairs + no_object * free)
-    return 1
-
-
-def brute_force(call):
-    """Each term by the stock criterion from one query at a time."""
-    total = dict.fromkeys(call.terms, torch.tensor(0.0))
-    for image, (queries, boxes) in enumerate(call.indices):
-        for query in range(call.outputs["logits"].shape[1]):
-            box = boxes[queries == query]
-            assert len(box) <= 1
-            if call.loss == "masks" and not len(box):
-                continue  # RF-DETR's term of no mask is an empty tensor
-            weight = call.targets[image]["weights"][box].sum() if len(box) else 1.0
-            outputs = {"label_maps": call.outputs.get("label_maps", [None] * 3)[image : image + 1]}
-            for name, x in call.outputs.items():
-                if isinstance(x, Tensor):  # the mask of the text has one row for all queries
-                    outputs[name] = x[image : image + 1, query : query + 1] if x.shape[1] > 1 else x[image : image + 1]
-            pair = [(torch.zeros_like(box), box)]
-            terms = super(WeightedCriterion, call.criterion).get_loss(
-                call.loss, outputs, call.targets[image : image + 1], pair, call.num_boxes
-            )
-            for name, term in terms.items():
-                total[name] = total[name] + weight * share(call, name, bool(len(box))) * term
-    return total
-
-
-def test_every_term_and_gradient_is_the_sum_over_queries_each_by_the_weight_of_its_object(calls):
-    for call in calls(WEIGHTS):
-        expected = brute_force(call)
-        for name, term in call.terms.items():
-            torch.testing.assert_close(term, expected[name], rtol=1e-5, atol=1e-6)
-            every = [gradients_of(total, predictions_of(call)) for total in (term, expected[name])]
-            for got, wanted in zip(*every, strict=True):
-                torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-
-
-def pickled(model):
-    if not any(module._forward_hooks for module in model.modules()):
-        return pickle.loads(pickle.dumps(model))
-    other = copy.deepcopy(model)  # such a hook of transformers keeps the stock model too from being pickled
-    other.loss_function = pickle.loads(pickle.dumps(model.loss_function))
-    return other
-
-
-def test_it_can_be_copied_pickled_and_weighted_twice(model, changed):
-    expected = losses_and_gradients(changed, WEIGHTS)
-    function = changed.loss_function
-    assert weight_losses(changed).loss_function is function
-    assert changed.state_dict().keys() == model.state_dict().keys()
-    for other in (copy.deepcopy(changed), pickled(changed)):
-        assert_equal(losses_and_gradients(other, WEIGHTS), expected)
-
-
-def test_a_detector_within_another_module_is_found(model):
-    holder = weight_losses(nn.ModuleDict({"detector": copy.deepcopy(model)}))
-    assert type(holder["detector"].loss_function).__name__ == "WeightedLossFunction"
-
-
-def test_a_wrong_weight_is_named_by_its_label(changed):
-    with pytest.raises(ValueError, match=r"targets\[2\]\['weights'\] must be finite and not negative"):
-        forward(changed, torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0]))
+def test_criteria_find_row_functions_and_their_results_agree_with_riding_through_them():
+    names = weighted_criterion(ImageLoss, DEFAULT).loss_boxes.__globals__
+    assert (
+        names["generalized_box_iou"]
+        is not generalized_box_iou
+        is ImageLoss.loss_boxes.__globals__["generalized_box_iou"]
+    )
+    x = weighted(BOXES, ROWS)
+    others = center_to_corners_format(BOXES).flip(0)
+    got = names["generalized_box_iou"](names["center_to_corners_format"](x), others).diag()
+    expected = generalized_box_iou(center_to_corners_format(x), others).diag()
+    assert torch.equal(got.as_subclass(torch.Tensor), expected.as_subclass(torch.Tensor))
+    assert torch.equal(got.weights, ROWS[:, 0])
+    assert torch.equal(expected.weights, ROWS[:, 0])

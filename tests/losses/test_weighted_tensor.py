@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -443,3 +444,11 @@ def test_the_divergence_of_each_row_counts_by_its_weight(reduction):
     expected = {"none": each.sum(), "sum": each.sum(), "mean": each.mean(), "batchmean": each.sum() / 3}[reduction]
     loss = F.kl_div(weighted(log_p, weights), q, reduction=reduction)
     torch.testing.assert_close(loss.sum() if reduction == "none" else loss, expected)
+
+
+@pytest.mark.parametrize("make", [list, np.array, torch.tensor])
+def test_an_index_that_was_changed_gathers_other_weights(make):
+    x, index = weighted(torch.ones(3, 2), torch.tensor([[1.0], [2.0], [4.0]])), make([0, 1])
+    assert x[index].sum() == 6
+    index[0] = 2
+    assert x[index].sum() == 12

@@ -1,6 +1,7 @@
 """Detectors of every kind, small enough to train in a test, and one batch for all of them."""
 
 import copy
+import functools
 from collections import OrderedDict
 from functools import partial
 
@@ -113,6 +114,14 @@ EVERY = DETECTORS | QUERY_DETECTORS
 
 
 def tiny(name):
+    """A detector of its own, always of the same parameters."""
+    model = copy.deepcopy(made(name))
+    torch.manual_seed(1)
+    return model
+
+
+@functools.cache
+def made(name):
     torch.manual_seed(1)
     model = EVERY[name]().train()
     for name, parameter in model.named_parameters():  # predictions that start at 0.01 leave no differences to see

@@ -9,11 +9,10 @@ from torchvision import tv_tensors
 
 from detmix.mixing.batch import mixup, mixup_batch, unmixed
 from detmix.mixing.blend import blend_images
-from detmix.mixing.labels import mix_labels
 from detmix.mixing.plan import Mix, Placement
 from tests.conftest import assert_same, make_sample
+from tests.mixing.samples import LAMS
 
-LAMS = st.integers(0, 2**24).map(lambda k: k / 2**24)  # those that MixUp draws
 PER_BOX = ("boxes", "labels", "weights", "source", "masks", "keypoints", "area", "iscrowd")
 SAMPLES = st.builds(
     make_sample, st.integers(0, 4), st.tuples(st.integers(4, 20), st.integers(4, 20)), st.integers(0, 99)
@@ -203,9 +202,9 @@ def test_partners_can_come_from_a_second_pool(stacked, stacked_pool, placed):
             lambda i, t, p: (i[:4], t, p),
             "images and targets must be of one length, but there are 4 images and 5 targets",
         ),
-        (lambda i, t, p: (i, t, p[:4]), "plan must say what is done to each of 5 images, but has 4 entries"),
-        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner 0 must be -1 or below the 5 there are, but it is 5"),
-        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner 0 .* it is -2"),
+        (lambda i, t, p: (i, t, p[:4]), "plan must hold one Mix for each of 5 samples, but it holds 4"),
+        (lambda i, t, p: (i, t, [Mix(5), *p[1:]]), "partner of sample 0 must be -1 or an index below 5, but it is 5"),
+        (lambda i, t, p: (i, t, [Mix(-2), *p[1:]]), "partner of sample 0 .* it is -2"),
         (lambda i, t, p: (i, t, [Mix(1, 1.5), *p[1:]]), r"lie in \[0, 1\], but it is 1.5"),
         (
             lambda i, t, p: (i, [*t[:4], {"boxes": torch.full((1, 4), float("inf"))}], p),
@@ -234,47 +233,41 @@ def test_a_pool_that_is_wrong_is_named_as_such():
         mixup_batch(images, targets, PLAN, inplace=True)
 
 
-@given(lam=LAMS, partner=st.integers(-1, 2))
-def test_integer_and_one_hot_labels_mix_to_the_same_shares(lam, partner):
-    labels = torch.tensor([2, 0, 3])
-    plan = [Mix(), Mix(partner, lam, (lam, 1 - lam)) if partner >= 0 else Mix(), Mix()]
-    soft = mix_labels(labels, plan, num_classes=4)
-    expected = [[0.0] * 4 for _ in range(3)]
-    expected[0][2] = expected[2][3] = 1.0
-    expected[1][0] += lam if partner >= 0 else 1.0
-    if partner >= 0:
-        expected[1][int(labels[partner])] += 1 - lam
-    assert soft.tolist() == expected
-    one_hot = torch.nn.functional.one_hot(labels, 4)
-    assert torch.equal(mix_labels(one_hot, plan), soft)
-    assert mix_labels(one_hot.double(), plan).dtype == torch.float64
-
-
-def test_labels_of_a_pool_are_mixed_in():
-    plan = [Mix(2, 0.75, (0.75, 0.25))]
-    soft = mix_labels(torch.tensor([1]), plan, num_classes=3, pool=torch.tensor([0, 0, 2]))
-    assert soft.tolist() == [[0.0, 0.75, 0.25]]
-    assert mix_labels(torch.zeros(0, dtype=torch.int64), [], num_classes=3).shape == (0, 3)
-
-
-@pytest.mark.parametrize(
-    ("labels", "options", "message"),
-    [
-        (torch.tensor([0, 1]), {}, "num_classes must be given to mix integer labels"),
-        (torch.tensor([0, 4]), {"num_classes": 4}, r"labels must lie in 0..3, but go from 0 to 4"),
-        (torch.tensor([-1, 3]), {"num_classes": 4}, r"but go from -1 to 3"),
-        (torch.tensor([0.5, 1.0]), {"num_classes": 4}, r"integers, or soft labels \(B, num_classes\), but are \(2,\)"),
-        (torch.zeros(2, 3, 4), {}, r"but are \(2, 3, 4\) torch.float32"),
-        (torch.zeros(2, 3, 4, dtype=torch.int64), {"num_classes": 4}, r"but are \(2, 3, 4\) torch.int64"),
-        (torch.zeros(3, 4), {}, "plan must say what is done to each of 3 labels, but has 2 entries"),
-        (torch.zeros(2, 4), {"pool": torch.zeros(2, 5)}, "must have the same classes, but have 4 and 5"),
-    ],
-)
-def test_labels_that_cannot_be_mixed_are_named(labels, options, message):
-    with pytest.raises(ValueError, match=message):
-        mix_labels(labels, [Mix(1, 0.5, (0.5, 0.5)), Mix()], **options)
-
-
 def test_blends_are_those_of_the_images(sample):
     first, second = sample(1), sample(2, (9, 20), seed=1)
     assert torch.equal(mixup(first, second, 0.3, fill=5)[0], blend_images(first[0], second[0], 0.3, fill=5))
+
+
+def test_a_second_mix_multiplies_the_weights(sample):
+    once = mixup(sample(1), sample(1, seed=1), 0.25)
+    twice = mixup(once, sample(1, seed=2), 0.5)[1]
+    assert twice["weights"].tolist() == [0.125, 0.375, 0.5]
+    assert twice["source"].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(("num_first", "num_second"), [(0, 0), (0, 2), (2, 0)])
+@pytest.mark.parametrize("careless", [False, True])
+def test_empty_targets_keep_dtypes_and_shapes(sample, num_first, num_second, careless):
+    samples = [sample(num_first), sample(num_second, seed=1)]
+    if careless:  # torch.tensor([]), of shape (0,) and float32 whatever the key
+        for _, target in samples:
+            if not len(target["boxes"]):
+                target.update(labels=torch.tensor([]), area=torch.tensor([]))
+    target = mixup(*samples, 0.5)[1]
+    number = num_first + num_second
+    assert target["boxes"].shape == (number, 4)
+    assert target["masks"].shape == (number, 12, 16)
+    assert target["keypoints"].shape == (number, 3, 3)
+    assert all(len(target[key]) == number for key in ("labels", "weights", "source", "area", "iscrowd"))
+    if number or not careless:
+        assert target["labels"].dtype == torch.int64
+
+
+def test_other_keys_are_those_of_first_by_identity(sample):
+    (image, first), second = sample(2), sample(2, seed=1)
+    first["size"] = torch.tensor([12, 16])
+    first["meta"] = {"file": "a.jpg"}
+    target = mixup((image, first), second, 0.5)[1]
+    assert target["size"] is first["size"]
+    assert target["meta"] is first["meta"]
+    assert target["image_id"] == 0

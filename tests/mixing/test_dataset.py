@@ -30,7 +30,12 @@ class Samples(torch.utils.data.Dataset):
 
 def plan(dataset, workers=0, **options):
     loader = DataLoader(dataset, num_workers=workers, collate_fn=list, **options)
-    return [(sample[1]["image_id"], sample[1]["partner"], sample[1]["lam"]) for batch in loader for sample in batch]
+    return [mix_of(sample) for batch in loader for sample in batch]
+
+
+def mix_of(sample):
+    _, target = sample
+    return target["image_id"], target["partner"], target["lam"]
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": (0.5, 1.5)}, {"box_weights": "first", "min_weight": 0.1}])
@@ -62,37 +67,50 @@ def test_a_partner_is_loaded_only_for_a_sample_that_is_mixed():
     assert len(dataset.dataset.loaded) == 12 + mixed
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-@pytest.mark.parametrize("persistent", [False, True])
-def test_a_seed_gives_the_same_mixes_for_any_number_of_workers_and_others_each_epoch(context, persistent):
-    dataset = MixUpDataset(Samples(), MixUp(seed=3))
-    loader = DataLoader(
-        dataset, num_workers=2, collate_fn=list, persistent_workers=persistent, multiprocessing_context=context,
-        prefetch_factor=1,
-    )  # fmt: skip
-    plans = []
-    for epoch in (0, 1):
+SCHEDULE = range(5)  # before the start, on the ramp, twice in full, after the stop
+
+
+def scheduled(seed=3):
+    return MixUpDataset(Samples(60), MixUp(start=1, ramp=2, stop=4, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """What the main process does to each sample, by epoch."""
+    plans, dataset = [], scheduled()
+    for epoch in SCHEDULE:
         dataset.set_epoch(epoch)
-        alone = plan(dataset)
-        shared = [(s[1]["image_id"], s[1]["partner"], s[1]["lam"]) for batch in loader for s in batch]
-        assert shared == alone
-        plans.append(alone)
-    assert all(a != b for a, b in zip(*plans, strict=True))
-    assert plan(MixUpDataset(Samples(), MixUp(seed=4))) != plan(MixUpDataset(Samples(), MixUp(seed=3)))
+        plans.append(plan(dataset))
+    return plans
 
 
-def test_images_are_bit_identical_for_any_number_of_workers():
-    dataset = MixUpDataset(Samples(), MixUp(seed=3, scale=(0.5, 1.5)))
-    alone, shared = (list(DataLoader(dataset, num_workers=n, collate_fn=list)) for n in (0, 2))
-    assert_same(shared, alone)
+def test_the_schedule_mixes_as_many_samples_as_it_says_each_epoch(alone):
+    counts = [sum(partner >= 0 for _, partner, _ in plan) for plan in alone]
+    assert (counts[0], counts[2], counts[3], counts[4]) == (0, 60, 60, 0)
+    assert abs(counts[1] - 30) < 12
+
+
+def test_each_epoch_and_seed_has_mixes_of_its_own(alone):
+    assert all(a != b for a, b in zip(alone[2], alone[3], strict=True))
+    other = scheduled(seed=4)
+    other.set_epoch(2)
+    assert plan(other) != alone[2]
 
 
 @pytest.mark.parametrize(
-    ("workers", "context", "persistent"),
-    [(0, None, False), *((2, context, persistent) for context in ("fork", "spawn") for persistent in (False, True))],
+    ("context", "persistent", "workers", "epochs"),
+    [
+        ("fork", False, 2, SCHEDULE),
+        ("fork", True, 2, SCHEDULE),
+        ("spawn", True, 1, SCHEDULE),  # a process that is spawned imports for seconds
+        ("spawn", False, 1, (2,)),
+        pytest.param("spawn", True, 2, SCHEDULE, marks=pytest.mark.slow),
+        pytest.param("spawn", False, 2, SCHEDULE, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_the_schedule_mixes_as_many_samples_as_it_says_each_epoch(workers, context, persistent):
-    dataset = MixUpDataset(Samples(60), MixUp(start=1, ramp=2, stop=4, seed=0))
+def test_workers_mix_as_the_main_process_does_each_epoch(context, persistent, workers, epochs, alone):
+    dataset = scheduled()
     loader = DataLoader(
         dataset,
         10,
@@ -100,13 +118,17 @@ def test_the_schedule_mixes_as_many_samples_as_it_says_each_epoch(workers, conte
         collate_fn=list,
         persistent_workers=persistent,
         multiprocessing_context=context,
+        prefetch_factor=1,
     )
-    counts = []
-    for epoch in range(5):
+    for epoch in epochs:
         dataset.set_epoch(epoch)
-        counts.append(sum(target["partner"] >= 0 for batch in loader for _, target in batch))
-    assert (counts[0], counts[2], counts[3], counts[4]) == (0, 60, 60, 0)
-    assert abs(counts[1] - 30) < 12
+        assert [mix_of(sample) for batch in loader for sample in batch] == alone[epoch]
+
+
+def test_images_are_bit_identical_for_any_number_of_workers():
+    dataset = MixUpDataset(Samples(), MixUp(seed=3, scale=(0.5, 1.5)))
+    alone, shared = (list(DataLoader(dataset, num_workers=n, collate_fn=list)) for n in (0, 2))
+    assert_same(shared, alone)
 
 
 def test_without_a_seed_the_generator_of_torch_decides():
@@ -205,10 +227,12 @@ def test_indices_count_from_the_end_and_stop_at_it():
 
 def test_what_gives_no_pairs_is_named():
     with pytest.raises(
-        TypeError, match=r"dataset must have a length and give samples by index, but generator does not"
+        TypeError, match=r"dataset must have a length and return samples by index, but generator does not"
     ):
         MixUpDataset(sample for sample in [])
-    with pytest.raises(TypeError, match=r"pool must have a length .*; mix the batches of a stream with MixUp"):
+    with pytest.raises(
+        TypeError, match=r"pool must have a length .*\. Mix the batches of an iterable dataset with MixUp"
+    ):
         MixUpDataset([], pool=(sample for sample in []))
     with pytest.raises(TypeError, match=r"sample 0 of list must be an \(image, target\) pair.*it is a Tensor"):
         MixUpDataset([torch.zeros(3, 4, 4)])[0]

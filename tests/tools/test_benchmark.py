@@ -77,7 +77,11 @@ def test_threads_are_those_of_torch_and_of_opencv(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("line", "sizes"),
     [
-        ("losses --cases FCOS", "2 x 22,400 anchors x 91 classes, 16 boxes an image"),
+        pytest.param(
+            "losses --cases FCOS",
+            "2 x 22,400 anchors x 91 classes, 16 boxes an image",
+            marks=pytest.mark.slow,
+        ),
         (
             'mix --cases "float16 CHW"',
             "480 x 640 and 640 x 480 on 640 x 640 pixels, 3 channels; copied 1,536,000 values",
@@ -141,6 +145,7 @@ def test_short_runs_are_called_until_a_turn_is_over(monkeypatch):
     assert len(calls) == benchmark.WARMUP_ROUNDS + 4 * 3
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(benchmark.resource is None, reason="the system does not count page faults")
 def test_page_faults_are_those_of_a_call():
     held = mmap.mmap(-1, 100 * mmap.PAGESIZE)

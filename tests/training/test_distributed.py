@@ -1,6 +1,7 @@
 """Two processes under torchrun, on the CPU by gloo, beside one."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -9,24 +10,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from detmix.cli.train import NOISE, DetectorCLI
 from detmix.datasets.shapes import draw_shapes
 from detmix.losses import weight_losses
 from detmix.training.build import build_detector
+from tests.training.narrow import FEW, narrow
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = (
     "--config configs/demo.yaml --model.fpn_channels 32 --data.batch_size 2 --data.num_workers 0 "
     "--trainer.accelerator cpu --trainer.log_every_n_steps 1 --trainer.enable_progress_bar false "
     "--trainer.check_val_every_n_epoch 1 --data.augment [] --data.mixup.p 1 --data.mixup.stop 2 "
-    '--model.options {"min_size":64,"max_size":64}'
+    f'--model.options {{"min_size":64,"max_size":64,{FEW}}}'
 )
 TOGETHER = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 PAIR = "--trainer.devices 2 --trainer.strategy ddp"
 
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE),
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # of Lightning's use
+]
+
 
 def run(arguments, processes=1, succeeds=True):
-    """What a command of the training script says."""
-    command = [sys.executable, *(TOGETHER if processes > 1 else []), "tools/train.py", *map(str, arguments)]
+    """What a command of the command line says, in which ResNet-18 is narrow."""
+    together = TOGETHER if processes > 1 else []
+    command = [sys.executable, *together, "-m", "tests.training.narrow", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300
@@ -57,7 +66,18 @@ def pair(shapes, tmp_path_factory):
     return folder, run(["fit", *options.split()], processes=2)
 
 
-def test_validation_of_a_set_that_does_not_divide_is_that_of_one_process(pair, shapes):
+def test_validation_of_a_set_that_does_not_divide_is_that_of_one_process(pair, shapes, tmp_path, monkeypatch):
+    best = f"--ckpt_path {pair[0]}/version_0/checkpoints/best.ckpt --data.root {shapes} --run_dir {tmp_path}"
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("sys.argv", ["train.py", "validate", *f"{OPTIONS} --trainer.devices 1 {best}".split()])
+    with narrow():
+        DetectorCLI()
+    assert float(figures(tmp_path, 0)["val/AR100"]) > 0
+    assert figures(tmp_path, 0) == figures(pair[0], 0)  # of the best checkpoint, by which a run ends
+
+
+@pytest.mark.slow
+def test_validate_in_two_processes_gives_what_it_gives_in_one(pair, shapes):
     folder, _ = pair
     best = f"--ckpt_path {folder}/version_0/checkpoints/best.ckpt --data.root {shapes} --run_dir {folder}/again"
     run(["validate", *f"{OPTIONS} {PAIR} {best}".split()], processes=2)
@@ -86,8 +106,9 @@ def test_the_gradient_is_the_average_of_what_one_process_computes(pair):
 
 
 def gradients_of(record):
-    options = {"min_size": 64, "max_size": 64}
-    built = build_detector("FasterRCNN", 4, backbone="resnet18", fpn_channels=32, options=options)
+    options = json.loads(f'{{"min_size":64,"max_size":64,{FEW}}}')
+    with narrow():
+        built = build_detector("FasterRCNN", 4, backbone="resnet18", fpn_channels=32, options=options)
     model = weight_losses(built).train()
     model.load_state_dict(record["weights"])
     torch.set_rng_state(record["rng"])
@@ -95,6 +116,7 @@ def gradients_of(record):
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_they_were_stopped(pair, shapes, tmp_path):
     last = "--ckpt_path last --last.every_n_steps 3 --trainer.max_epochs 2"
     options = f"{OPTIONS} {PAIR} --data.root {shapes} --run_dir {tmp_path} {last}".split()

@@ -42,11 +42,10 @@ def one_tensor(
     other = memory[0, :count].roll(1, 0)
     following = itertools.cycle(memory)
     plan = plan_rotation(count)
-    partners, lams = [mix.partner for mix in plan], [mix.lam for mix in plan]
     labels = torch.randint(CLASSES, (count,), device=device)
     mixup = v2.MixUp(num_classes=CLASSES)
     functions: dict[str, Callable[[Tensor], object]] = {
-        "detmix": lambda batch: functional.blend_batch(batch, partners, lams, inplace=inplace),
+        "detmix": lambda batch: functional.blend_batch(batch, plan, inplace=inplace),
         "copy": out[:count].copy_,
         "copy of as many bytes": out.copy_,
     }

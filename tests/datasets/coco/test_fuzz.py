@@ -353,7 +353,9 @@ def run(root, block):
     return outcomes
 
 
-@pytest.mark.parametrize("block", range(BLOCKS))
+@pytest.mark.parametrize(
+    "block", [pytest.param(n, marks=pytest.mark.slow if n >= BLOCKS // 2 else ()) for n in range(BLOCKS)]
+)
 def test_a_mutated_file_is_trained_on_or_refused_by_name(root, block):
     outcomes = run(root, block)
     assert min(map(outcomes.count, ("trained", "refused"))) >= BLOCK // 10
