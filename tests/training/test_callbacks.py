@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detmix.mixing.plan import Mix
-from detmix.training.callbacks import PREDICTION, Pictures, draw_curves, write_samples
+from detmix.training.callbacks import PREDICTION, Pictures, ProgressLines, draw_curves, write_samples
 from detmix.training.records import read_record
 from tests.training.mixes import PLAN, mixed
 
@@ -97,3 +97,21 @@ def test_the_first_batch_that_has_images_is_drawn(sample, tmp_path):
     assert not (tmp_path / "pictures").exists()
     callback.on_train_batch_start(trainer, module, mixed(sample), 1)
     assert (tmp_path / "pictures/mixed.png").is_file()
+
+
+def test_progress_is_a_line_for_each_epoch_and_for_each_minute(capsys):
+    trainer = types.SimpleNamespace(current_epoch=0, max_epochs=3, num_training_batches=9, progress_bar_metrics={})
+    lines = ProgressLines(seconds=0.0)
+    lines.on_train_epoch_start(trainer, None)
+    trainer.progress_bar_metrics = {"train/loss": torch.tensor(0.5)}
+    lines.on_train_batch_end(trainer, None, None, None, 1)
+    lines.seconds = 60.0
+    lines.on_train_batch_end(trainer, None, None, None, 2)
+    trainer.progress_bar_metrics["val/AP"] = 0.25
+    lines.on_train_epoch_end(trainer, None)
+    lines.disable()
+    lines.on_train_epoch_end(trainer, None)
+    assert capsys.readouterr().out.splitlines() == [
+        "Epoch 1 of 3, batch 2 of 9: train/loss 0.500, 0 s",
+        "Epoch 1 of 3: train/loss 0.500, val/AP 0.250, 0 s",
+    ]
