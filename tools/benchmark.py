@@ -1,7 +1,7 @@
-"""Time detmix beside what it adds to or replaces: ``tools/benchmark.py mix batch loader losses step growth``.
+"""Time detmix beside what it replaces or adds to: ``tools/benchmark.py mix batch loader losses step growth``.
 
-The runs of a case take turns in one process, in another order in each round, so that whatever else slows the machine
-slows all of them. Their ratios are the result; the seconds are those of this machine at this hour.
+The runs of a case take turns in one process, in another order in each round, so that other load on the machine slows
+all of them. Compare the ratios; the times depend on the machine and its load.
 """
 
 import argparse
@@ -33,7 +33,7 @@ except ImportError:  # Windows
 # torch, and the sections that import it, are imported where they are used, so that --help and mistakes take no time.
 
 SECTIONS = ("mix", "batch", "loader", "losses", "step", "growth")
-"""Modules of ``sections``."""
+"""The modules in ``sections``."""
 
 WARMUP_ROUNDS = 2
 TURN_SECONDS = 0.002
@@ -42,20 +42,20 @@ ROW = "  {:22}{:>12}  {:22}{:>12}{:>18}{:>14}{:>20}  {}"
 
 
 class Turn(NamedTuple):
-    """What a call of a run took in one round."""
+    """Hold what a call of a run took in one round."""
 
     seconds: float
     page_faults: float
-    """How often memory fresh from the system was touched first, which can cost more than the arithmetic. An allocator
-    that holds on to what was freed saves it; whether it does depends on all that was allocated before."""
+    """First accesses to new memory, which can cost more than the arithmetic. They are few if the allocator reuses freed
+    memory, which depends on all that was allocated before."""
 
 
 def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[str, list[Turn]]:
-    """What a call of each run took in each round, all on the same random numbers.
+    """Return what a call of each run took in each round, with the same random numbers for all runs.
 
-    Every two rounds have an order of their own and its reverse, so none is more often early or after a certain other.
-    A run that is over in less than ``TURN_SECONDS`` is called until those are over, as only the first call of a turn
-    finds the caches as the run before it left them.
+    Every two rounds have a new order and its reverse, so no run is early more often than another. A run that takes less
+    than ``TURN_SECONDS`` is repeated for that time, because the first call finds the caches as the run before left
+    them.
     """
     import torch
 
@@ -80,12 +80,12 @@ def interleave(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict
 
 
 def count_page_faults() -> int:
-    """Those of this process until now, of the kind that read no disk; 0 where the system does not tell."""
+    """Return the page faults of this process so far that read no disk; 0 if the system does not count them."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt if resource else 0
 
 
 def summarize(case: Case, turns: dict[str, list[Turn]]) -> dict[str, Any]:
-    """Medians, and for each comparison their ratio and the median of the rounds' ratios."""
+    """Return the medians, and for each comparison their ratio and the median of the ratios of all rounds."""
     times = {name: [turn.seconds for turn in taken] for name, taken in turns.items()}
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     runs = {
@@ -110,7 +110,7 @@ def summarize(case: Case, turns: dict[str, list[Turn]]) -> dict[str, Any]:
 
 
 def measure(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[str, Any]:
-    """Time a case, print a row for each comparison and return the summary."""
+    """Time a case, print a row for each comparison, and return the summary."""
     found = summarize(case, interleave(case, rounds, synchronize))
     for comparison in found["comparisons"]:
         names = comparison["run"], comparison["beside"]
@@ -125,14 +125,14 @@ def measure(case: Case, rounds: int, synchronize: Callable[[], None]) -> dict[st
 
 
 def describe_machine(device: str) -> dict[str, str | None]:
-    """The day, the versions of what takes part, None where it is not installed, and the device's name."""
+    """Return the date, the versions of packages (None if not installed) and the name of the device."""
     import cv2
     import torch
 
     import detmix
 
     packages = ["torch", "torchvision", "numpy", "pillow", *["transformers"] * bool(find_spec("transformers"))]
-    cpuinfo = Path("/proc/cpuinfo")  # on Linux platform knows no more than the architecture
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, platform only knows the architecture
     model = re.search(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     cpu = model[1] if model else platform.processor() or platform.machine()
     return {
@@ -147,7 +147,7 @@ def describe_machine(device: str) -> dict[str, str | None]:
 
 
 def coco_root(text: str) -> Path:
-    """The value of an option that names a folder in COCO format."""
+    """Return the path of a folder in COCO format: a type for ``add_argument``."""
     from detmix.datasets.coco.folder import CocoFolder
 
     try:
@@ -158,20 +158,28 @@ def coco_root(text: str) -> Path:
 
 
 def make_parser() -> Parser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = Parser(description=__doc__.partition(":")[0] + ".")
-    parser.add_argument("section", nargs="+", choices=SECTIONS, help="what to time")
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help="which cases of the sections to run, by name")
-    parser.add_argument("--rounds", type=at_least(1), default=41, help="how often to time each case (%(default)s)")
-    parser.add_argument("--threads", type=at_least(1), default=1, help="for torch and OpenCV, each (%(default)s)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(%(default)s)")
-    parser.add_argument("--root", type=coco_root, metavar="FOLDER", help="in COCO format, for loader (drawn for it)")
-    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the results to this file, too")
+    parser.add_argument("section", nargs="+", choices=SECTIONS, help="sections to run")
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help="names of the cases to run (default: all)")
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=41, help="timed rounds of each case (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--threads", type=at_least(1), default=1, help="threads of torch and of OpenCV (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="device to run on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--root", type=coco_root, metavar="FOLDER", help="folder in COCO format, for loader (default: a drawn one)"
+    )
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the results to this json file")
     return parser
 
 
 def main() -> None:
-    """Time the cases that the command line names, and print rows for each."""
+    """Time the cases that the command line names, and print rows for each case."""
     parser = make_parser()
     args = parser.parse_args()
     import cv2
@@ -214,7 +222,7 @@ def main() -> None:
             with contextlib.closing(case):
                 found = measure(case, args.rounds, synchronize)
             results.append({"section": section_name, "case": name, "sizes": case.sizes, **found})
-            del case  # before the next is built: both might not fit into memory
+            del case  # before the next is built, because both may not fit into memory
     if not results:
         parser.error("no case could be run")
     if args.json:
@@ -222,7 +230,7 @@ def main() -> None:
 
 
 def show(line: str) -> None:
-    """Print a line at once, as the next takes a while."""
+    """Print a line at once, because the next takes a while."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

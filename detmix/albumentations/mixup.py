@@ -15,7 +15,7 @@ from detmix.mixing.plan import Law, Range, check_law, draw_lam
 
 
 class MixUp(A.DualTransform):  # type: ignore[misc]  # Albumentations ships no types
-    """Mixup as a transform of `A.Compose`: blend with a partner and keep the boxes of both, weighted by image.
+    """Mix samples in `A.Compose`: blend with a partner and keep the boxes of both, weighted by image.
 
     Both images are placed at the top left of a shared canvas and are not resized [arXiv:1902.04103, sec. 3.1]. The
     label field ``weights`` of ``bbox_params`` is multiplied by the share of the box's image.

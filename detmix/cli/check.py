@@ -30,16 +30,16 @@ def make_parser(prog: str | None = None) -> Parser:
         "--annotations",
         nargs="+",
         metavar="FILE",
-        help="json files, relative to ROOT (annotations/instances_*.json)",
+        help="json files, relative to ROOT (default: annotations/instances_*.json)",
     )
     parser.add_argument(
-        "--images", default="images", metavar="FOLDER", help="image folder, relative to ROOT (%(default)s)"
+        "--images", default="images", metavar="FOLDER", help="image folder, relative to ROOT (default: %(default)s)"
     )
     for name in ("masks", "keypoints"):
         parser.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
-            help=f"require {name} of every annotation, or ignore {name} (checked if all annotations have them)",
+            help=f"require {name} of every annotation, or ignore them (default: check if all annotations have them)",
         )
     parser.add_argument(
         "--fix",
@@ -51,7 +51,9 @@ def make_parser(prog: str | None = None) -> Parser:
     parser.add_argument(
         "--json", type=writable_file, metavar="FILE", help="write every defect with all ids into this json file"
     )
-    parser.add_argument("--workers", type=at_least(1), default=1, help="threads that decode images (%(default)s)")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, help="threads that decode images (default: %(default)s)"
+    )
     return parser
 
 

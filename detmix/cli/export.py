@@ -26,14 +26,14 @@ def make_parser(prog: str | None = None) -> Parser:
     """Return the parser of the command line."""
     parser = Parser(prog=prog, description="Export a trained detector to ONNX.", epilog=EPILOG)
     parser.add_argument("checkpoint", help="checkpoint of a training run, such as best.ckpt")
-    parser.add_argument("--output", default="model.onnx", help="file to write (%(default)s)")
+    parser.add_argument("--output", default="model.onnx", help="file to write (default: %(default)s)")
     check = parser.add_mutually_exclusive_group()
     check.add_argument(
         "--check",
         nargs="+",
         metavar="IMAGE",
         help="images, or folders of images, to compare onnxruntime and torch on, such as those of the validation "
-        "split (16 drawn shapes, in which a detector of other classes may find nothing)",
+        "split (default: 16 drawn shapes, in which a detector of other classes may find nothing)",
     )
     check.add_argument("--no_check", action="store_true", help="write the model without a comparison")
     return parser

@@ -30,29 +30,33 @@ def make_parser(prog: str | None = None) -> Parser:
     parser = Parser(prog=prog, description="Predict with a trained detector.", epilog=EPILOG)
     parser.add_argument("checkpoint", help="checkpoint of a training run, such as best.ckpt")
     parser.add_argument("images", nargs="+", help="image files, and folders that are searched for images")
-    parser.add_argument("--output", default="predictions", help="folder to write into (%(default)s)")
+    parser.add_argument("--output", default="predictions", help="folder to write into (default: %(default)s)")
     parser.add_argument(
         "--annotations",
         help="COCO json with the classes of the checkpoint. Predict on the images that it lists, in the one folder "
         "given as images, and use its image and category ids",
     )
     parser.add_argument(
-        "--min_score", type=float, default=0.3, help="minimum score of predictions that are drawn (%(default)s)"
+        "--min_score",
+        type=float,
+        default=0.3,
+        help="minimum score of predictions that are drawn (default: %(default)s)",
     )
     parser.add_argument("--no_pictures", action="store_true", help="write no pictures")
     parser.add_argument(
         "--batch_size",
         type=at_least(1),
         default=1,
-        help="images per batch (%(default)s). Images of one batch are padded to one size, which moves boxes a little",
+        help="images per batch (default: %(default)s). Images of one batch are padded to one size, which moves boxes "
+        "a little",
     )
     parser.add_argument(
         "--num_workers",
         type=at_least(0),
         default=0,
-        help="processes that read images (%(default)s: none but the main process)",
+        help="processes that read images (default: %(default)s, the main process)",
     )
-    parser.add_argument("--device", help="such as cpu or cuda:1 (cuda if there is one, else cpu)")
+    parser.add_argument("--device", help="such as cpu or cuda:1 (default: cuda if there is one, else cpu)")
     return parser
 
 

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch import distributed
 
 from detmix.cli.config_parser import ConfigParser
-from detmix.training.callbacks import Pictures
+from detmix.training.callbacks import Pictures, ProgressLines
 from detmix.training.checkpoint import read_checkpoint
 from detmix.training.data import DetectionData, as_seed
 from detmix.training.module import DetectorModule, NonFiniteLossError
@@ -29,6 +29,13 @@ NOISE = (
     "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler resumes where it stopped
 )
 """Patterns of warnings that a user can do nothing about."""
+
+
+DESCRIPTIONS: dict[str, Any] = {
+    "description": "Train or validate a detector.",
+    "fit": {"description": "Train a detector. Any option can also be set in a config: --config configs/demo.yaml."},
+    "validate": {"description": "Compute the COCO AP of a checkpoint, which --ckpt_path names."},
+}
 
 
 class DetectorCLI(LightningCLI):
@@ -122,7 +129,8 @@ class DetectorCLI(LightningCLI):
         plugins = config["plugins"] or []
         config["plugins"] = [AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])]
         config["use_distributed_sampler"] = False  # the data module distributes the images
-        bar = [] if config["enable_progress_bar"] is False else [RichProgressBar()]
+        progress = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
+        bar = [] if config["enable_progress_bar"] is False else [progress]
         config["callbacks"] = [*bar, LearningRateMonitor("step"), *(config["callbacks"] or [])]
         return super().instantiate_trainer(**kwargs)
 
@@ -181,7 +189,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int
     Returns:
         The exit status.
     """
-    DetectorCLI(args=arguments, parser_kwargs={} if prog is None else {"prog": prog})
+    DetectorCLI(args=arguments, parser_kwargs={"prog": prog, **DESCRIPTIONS})
     return 0
 
 

@@ -1,12 +1,15 @@
-"""Draw pictures of a run: training samples, curves and predictions."""
+"""Report on a run: pictures of samples, curves and predictions, and lines of progress."""
 
 import csv
+import sys
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 from matplotlib import colormaps
@@ -85,6 +88,50 @@ class Pictures(L.Callback):
             for boxes, color in ((target, GROUND_TRUTH), (found, PREDICTION))
         ]
         return draw_grid(pair, columns=2)
+
+
+class ProgressLines(ProgressBar):
+    """Print a line of progress after each epoch and at least once a minute, for logs and pipes.
+
+    Args:
+        seconds: Time between two lines within an epoch.
+    """
+
+    def __init__(self, seconds: float = 60.0) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._is_enabled = True
+        self._start = self._last = 0.0
+
+    def disable(self) -> None:
+        """Print no lines; Lightning calls this in all processes but the first."""
+        self._is_enabled = False
+
+    def enable(self) -> None:
+        """Print lines again."""
+        self._is_enabled = True
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Start the time of the epoch."""
+        self._start = self._last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Print a line if the last one is too old."""
+        if time.monotonic() - self._last >= self.seconds:
+            self._print(trainer, f", batch {batch_idx + 1} of {trainer.num_training_batches}")
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Print a line with the last loss and the AP."""
+        self._print(trainer, "")
+
+    def _print(self, trainer: L.Trainer, where: str) -> None:
+        self._last = time.monotonic()
+        if self._is_enabled:
+            figures = [f"{name} {float(value):.3f}" for name, value in trainer.progress_bar_metrics.items()]
+            epochs = "" if trainer.max_epochs in (None, -1) else f" of {trainer.max_epochs}"
+            took = f"{self._last - self._start:.0f} s"
+            sys.stdout.write(f"Epoch {trainer.current_epoch + 1}{epochs}{where}: {', '.join([*figures, took])}\n")
+            sys.stdout.flush()
 
 
 def write_samples(images: Sequence[Tensor], targets: Sequence[Target], class_names: Sequence[str], path: Path) -> None:

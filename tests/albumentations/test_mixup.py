@@ -476,14 +476,14 @@ def test_a_pipeline_that_would_lose_the_weights_is_refused(box_params):
     image = np.zeros((4, 4), np.uint8)
     fields = {} if box_params is None else {"bboxes": [], "labels": []}
     for metadata in ([], {"image": image, **fields}):
-        with pytest.raises(ValueError, match="'weights' among the label fields"):
+        with pytest.raises(ValueError, match="'weights' must be a label field"):
             A.Compose([MixUp(p=1.0)], bbox_params=box_params)(image=image, **fields, mixup_metadata=metadata)
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"mask": np.zeros((8, 10), np.uint8)}, r"the sample has \['mask'\]: a semantic mask"),
+        ({"mask": np.zeros((8, 10), np.uint8)}, r"the sample has \['mask'\]. A semantic mask"),
         ({"images": np.zeros((1, 8, 10, 3), np.uint8)}, r"the sample has \['images'\]"),
         ({"depth": np.zeros((8, 10, 3), np.uint8)}, r"the sample has \['depth'\]"),
         ({"keypoints": [[1, 1]]}, "keypoint_params"),

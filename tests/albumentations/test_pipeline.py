@@ -169,9 +169,9 @@ def rotated(box_format):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"boxes": rotated("XYWHR")}, "no rotated boxes.* XYWHR"),
-        ({"boxes": rotated("CXCYWHR")}, "no rotated boxes.* CXCYWHR"),
-        ({"boxes": rotated("XYXYXYXY")}, "no rotated boxes.* XYXYXYXY"),
+        ({"boxes": rotated("XYWHR")}, "boxes must not be rotated.* XYWHR"),
+        ({"boxes": rotated("CXCYWHR")}, "boxes must not be rotated.* CXCYWHR"),
+        ({"boxes": rotated("XYXYXYXY")}, "boxes must not be rotated.* XYXYXYXY"),
         ({"boxes": torch.ones(1, 5)}, r"boxes must have shape \(num_boxes, 4\), but have \(1, 5\)"),
         (
             {"boxes": torch.ones(1, 4, device="meta")},

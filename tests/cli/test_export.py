@@ -11,16 +11,9 @@ from detmix.cli.train import NOISE
 from detmix.datasets.shapes import draw_shapes
 from detmix.training import export
 from detmix.training.export import Parity
-from tests.training.narrow import narrow
 from tests.training.saving import CLASSES, save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def of_narrow_layers():
-    with narrow():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,9 @@ import torch
 from detmix.cli import predict
 from detmix.cli.train import NOISE
 from detmix.datasets.shapes import draw_shapes
-from tests.training.narrow import narrow
 from tests.training.saving import save_checkpoint
 
 pytestmark = [pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def of_narrow_layers():
-    with narrow():
-        yield
 
 
 @pytest.fixture(scope="module")

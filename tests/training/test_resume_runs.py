@@ -114,7 +114,7 @@ def test_a_checkpoint_holds_the_whole_config(left_alone):
 
 def test_other_batches_in_the_middle_of_an_epoch_are_an_error(drawn, tmp_path, capsys):
     train(drawn, tmp_path, kill_after=1)
-    with pytest.raises(ValueError, match=r"batch_size times processes must be 4, as it was.*, but it is 2"):
+    with pytest.raises(ValueError, match=r"batch_size times processes must stay 4, because .*, but it is 2"):
         train(drawn, tmp_path, f"{QUICK} --data.batch_size 2")
 
 

@@ -1,4 +1,4 @@
-"""A batch, beside copies of it and the other ways to mix it; and its targets alone."""
+"""Time mixing a batch, beside copies and other ways to mix; and mixing targets alone."""
 
 import copy
 import functools
@@ -16,7 +16,7 @@ from sections.inputs import CLASSES, Target, blend_plainly, copying, draw_pixels
 SIZES = {"cpu": (8, 3, 640, 640), "cuda": (16, 3, 800, 1333)}
 LIST_SIZES = {"cpu": (8, 3, 400, 667), "cuda": (16, 3, 800, 1333)}
 BOXES = 8
-LAM = 0.4  # where there is one for all; detmix gives each sample its own
+LAM = 0.4  # for functions with one share for all samples; detmix has one for each
 
 
 def one_tensor(
@@ -27,16 +27,16 @@ def one_tensor(
     size: Sequence[int] | None = None,
     batches: int = 1,
 ) -> Case:
-    """A batch ``(B, C, H, W)``, B even, each image with the next.
+    """Mix a batch ``(B, C, H, W)``, B even, each image with the next.
 
-    ``copy`` reads and writes every value once; ``copy of as many bytes`` moves what a mix does that reads each image
-    twice, as itself and as a partner: half as much again. Every run takes the next of so many batches, and more than
-    a cache holds are as a training loop has them. What is mixed in place is restored before each run, as it would
-    come nearer to one colour with every round.
+    ``copy`` reads and writes every value once. A mix reads each image twice, as itself and as a partner, so ``copy of
+    as many bytes`` copies half as much again. Each run takes the next of ``batches``. If they are larger than the
+    cache, images come from memory as in a training loop. A batch that is mixed in place is restored before each run,
+    because repeated mixes would make it uniform.
     """
     size = size or SIZES[device.type]
     count = size[0]
-    # Each batch with the half more that the longer copy reads, so that no run has read what another is to read.
+    # Each batch has the extra half that the longer copy reads, so that no run reads what another run has read.
     memory = draw_pixels(batches, count + count // 2, *size[1:], dtype=dtype, device=device)
     untouched, out = memory[0].clone(), torch.ones_like(memory[0])
     other = memory[0, :count].roll(1, 0)
@@ -67,9 +67,9 @@ def one_tensor(
 
 
 def images_of_many_sizes(device: torch.device, *, dtype: torch.dtype, size: Sequence[int] | None = None) -> Case:
-    """A list of images, none larger than size says, each with the next on a canvas for both; and their targets.
+    """Mix a list of images of at most the given size, each with the next on a shared canvas, with their targets.
 
-    The copy moves as many bytes as reading both images of each canvas, and writing it.
+    The copy moves as many bytes as reading both images of each canvas and writing the canvas.
     """
     count, channels, height, width = size or LIST_SIZES[device.type]
     sizes = [(height - i % 3 * (height // 16), width - i % 5 * (width // 16)) for i in range(count)]
@@ -87,7 +87,7 @@ def images_of_many_sizes(device: torch.device, *, dtype: torch.dtype, size: Sequ
 
 
 def targets_alone(device: torch.device, *, count: int = 8) -> Case:
-    """Boxes, labels and areas joined, with images of one pixel, beside no more than that and what DEIM does."""
+    """Mix targets with images of one pixel, beside plain concatenation and what DEIM does."""
     images = torch.rand(count, 3, 1, 1, device=device)
     targets, plan = draw_targets([(1, 1)] * count, BOXES, device), plan_rotation(count)
     shifted = [targets[mix.partner] for mix in plan]
@@ -100,18 +100,18 @@ def targets_alone(device: torch.device, *, count: int = 8) -> Case:
 
 
 def plan_rotation(count: int) -> list[functional.Mix]:
-    """Each with the next, shares from 0.1 to 0.9."""
+    """Plan to mix each image with the next, with shares from 0.1 to 0.9."""
     lams = torch.linspace(0.1, 0.9, count).tolist()
     return [functional.Mix((i + 1) % count, lam, (lam, 1 - lam)) for i, lam in enumerate(lams)]
 
 
 def join(first: Target, second: Target) -> Target:
-    """Each tensor of two targets in one."""
+    """Concatenate the tensors of two targets."""
     return {key: torch.cat([first[key], second[key]]) for key in ("boxes", "labels", "area")}
 
 
 def join_deep_copies(targets: list[Target], shifted: list[Target], lam: float) -> list[Target]:
-    """As the collate function of DEIM: a deep copy of all, whose tensors are then replaced."""
+    """Copy all targets deeply and then replace their tensors, as the collate function of DEIM does."""
     joined = copy.deepcopy(targets)
     for own, first, second in zip(joined, targets, shifted, strict=True):
         own.update(join(first, second))

@@ -1,4 +1,4 @@
-"""How the time grows with boxes and with pixels: each size beside the one before it, and the time for one of them."""
+"""Time growing numbers of boxes and pixels, each size beside the one before it."""
 
 import functools
 import itertools
@@ -16,7 +16,7 @@ SIDES = (256, 512, 1024, 2048)
 
 
 def boxes(device: torch.device, *, numbers: Sequence[int] = BOXES, count: int = 8) -> Case:
-    """The targets of a batch with so many boxes an image, and images of one pixel."""
+    """Mix targets of growing numbers of boxes, with images of one pixel."""
     images, plan = torch.rand(count, 3, 1, 1, device=device), plan_rotation(count)
     runs = {
         f"{number} an image": functools.partial(
@@ -30,10 +30,10 @@ def boxes(device: torch.device, *, numbers: Sequence[int] = BOXES, count: int = 
 
 
 def pixels(device: torch.device, *, dtype: torch.dtype, sides: Sequence[int] = SIDES, channels: int = 3) -> Case:
-    """Two square images with so many pixels a side, beside a fresh copy of one.
+    """Blend two square images of growing sides, beside a fresh copy of one.
 
-    Memory does not cost the same at each size: what fits a cache is faster, and what an allocator does not keep is
-    slower. The copy shows by how much.
+    The speed of memory depends on the size: memory in the cache is faster, and memory that an allocator does not keep
+    is slower. The copy shows by how much.
     """
     runs, copies, units = {}, [], {}
     for side in sides:

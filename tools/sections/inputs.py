@@ -1,4 +1,4 @@
-"""What several sections work on: random images and targets, and the copies that their speed is held against."""
+"""Make the inputs of several sections: random images and targets, and copies to compare with."""
 
 import functools
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ CLASSES = 91
 
 
 def draw_pixels(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Random values: in [0, 1) if floating point, else of all levels."""
+    """Draw random values: in [0, 1) if floating point, else of all levels."""
     if dtype.is_floating_point:
         return torch.rand(shape, device=device).to(dtype)
     return torch.randint(torch.iinfo(dtype).max + 1, shape, dtype=dtype, device=device)
 
 
 def draw_targets(sizes: Sequence[Size], boxes: int, device: torch.device) -> list[Target]:
-    """A target for each image of a height and a width, with torchvision's keys."""
+    """Draw a target with torchvision's keys for each image size, height and width."""
     targets = []
     for size in sizes:
         corners = draw_boxes(boxes, size, device)
@@ -32,7 +32,7 @@ def draw_targets(sizes: Sequence[Size], boxes: int, device: torch.device) -> lis
 
 
 def draw_boxes(count: int, size: Size, device: torch.device) -> Tensor:
-    """Boxes in an image of a height and a width, each side 5 to 30 % of the image's."""
+    """Draw boxes in an image of a height and a width; each side is 5 to 30 % of the image's."""
     height, width = size
     corners = torch.rand(count, 2, device=device) * 0.7
     sides = torch.rand(count, 2, device=device) * 0.25 + 0.05
@@ -40,16 +40,16 @@ def draw_boxes(count: int, size: Size, device: torch.device) -> Tensor:
 
 
 def copying(count: int, dtype: torch.dtype, device: torch.device) -> functools.partial[Tensor]:
-    """A copy of so many values into memory that is there: it reads and writes as many bytes.
+    """Return a function that copies a number of values into allocated memory, so it reads and writes as many bytes.
 
-    So a pass that reads two images and writes one canvas moves as many bytes as the copy of half their sum.
+    A pass that reads two images and writes one canvas moves as many bytes as the copy of half their sum.
     """
     source, out = (torch.ones(count, dtype=dtype, device=device) for _ in range(2))
     return functools.partial(Tensor.copy_, out, source)
 
 
 def blend_plainly(first: Tensor, second: Tensor, lam: float) -> Tensor:
-    """The blend in four plain lines of float32, as most code has it: zeros, one image in, the other added, rounded."""
+    """Blend in four plain lines of float32, as most code does: zeros, one image in, the other added, rounded."""
     size = [max(sides) for sides in zip(first.shape, second.shape, strict=True)]
     canvas = torch.zeros(size, device=first.device)
     for image, share in ((first, lam), (second, 1 - lam)):
@@ -58,5 +58,5 @@ def blend_plainly(first: Tensor, second: Tensor, lam: float) -> Tensor:
 
 
 def in_words(size: Sequence[int]) -> str:
-    """Sides, as in 480 x 640."""
+    """Return the sides in words, as in 480 x 640."""
     return " x ".join(map(str, size))

@@ -1,4 +1,4 @@
-"""A pass over a DataLoader that decodes JPEGs and mixes, in the batch or in the dataset, beside one without mixing."""
+"""Time passes over a DataLoader that decodes JPEGs and mixes in the batch, in the dataset or not at all."""
 
 import contextlib
 import functools
@@ -22,11 +22,11 @@ from sections import Case, Section
 from sections.inputs import Size, Target, in_words
 
 BOXES = 8
-MOST = 512  # of a folder's images: a pass over all of COCO would take minutes
+MOST = 512  # images of a folder; a pass over all of COCO would take minutes
 
 
 class PillowFolder(CocoFolder):
-    """Decodes all images by Pillow, as torchvision's datasets do, where `CocoFolder` has a faster way for JPEGs."""
+    """Decode all images by Pillow, as torchvision's datasets do; `CocoFolder` decodes JPEGs faster."""
 
     def read_image(self, index: int) -> tv_tensors.Image:
         """Read an image by Pillow."""
@@ -44,10 +44,10 @@ def load(
     size: Size = (480, 640),
     batch_size: int = 8,
 ) -> Case:
-    """Passes over a folder in COCO format, drawn for them if there is no root; the device takes no part.
+    """Pass over a folder in COCO format, which is drawn if ``root`` is None; the device is not used.
 
-    ``in-batch MixUp`` mixes every sample and decodes one image for it. ``MixUpDataset`` mixes every second one and
-    decodes two for that.
+    ``in-batch MixUp`` mixes every sample and decodes one image per sample. ``MixUpDataset`` mixes every second sample
+    and decodes two images for it.
     """
     with contextlib.ExitStack() as stack:
         where = f"{root and root.name}"
@@ -74,19 +74,19 @@ def load(
 
 
 def pass_over(loader: DataLoader[tuple[Tensor, Target]]) -> None:
-    """Take every batch, and do nothing with it."""
+    """Load every batch and do nothing with it."""
     for _ in loader:
         pass
 
 
 class Collate:
-    """Makes one batch tensor of images of one size, and a list of others; and mixes them, if there is a MixUp."""
+    """Make one tensor of images of one size, or a list of images of different sizes, and mix it if there is a MixUp."""
 
     def __init__(self, mixup: detmix.MixUp | None = None) -> None:
         self.mixup = mixup
 
     def __call__(self, samples: Sequence[tuple[Tensor, Target]]) -> tuple[Tensor | Sequence[Tensor], Sequence[Target]]:
-        """The batch of some samples."""
+        """Return the batch of some samples."""
         images, targets = zip(*samples, strict=True)
         out = memory_for(images)
         if self.mixup is None:
@@ -95,7 +95,7 @@ class Collate:
 
 
 def memory_for(images: Sequence[Tensor]) -> Tensor | None:
-    """A batch tensor for images of one size; in a worker it is shared, as torch's own collate function makes it."""
+    """Allocate a tensor for images of one size; in a worker it is shared, as in torch's own collate function."""
     if len({image.shape for image in images}) > 1:
         return None
     shape, dtype = (len(images), *images[0].shape), images[0].dtype
@@ -106,7 +106,7 @@ def memory_for(images: Sequence[Tensor]) -> Tensor | None:
 
 
 def draw_folder(root: Path, count: int, size: Size) -> Path:
-    """A COCO-format folder of smooth noise that compresses as photographs do: 34 kB for 480 x 640 pixels."""
+    """Draw a folder in COCO format of smooth noise that compresses like photographs: 34 kB for 480 x 640 pixels."""
     rng = np.random.default_rng(0)
     (root / "images").mkdir()
     (root / "annotations").mkdir()

@@ -1,4 +1,4 @@
-"""Weighted losses beside the stock ones, each with its gradients at the outputs of the heads."""
+"""Time weighted losses beside torchvision's and transformers' own, with the gradients at the outputs of the heads."""
 
 import copy
 import functools
@@ -18,14 +18,14 @@ import detmix
 from sections import Case, MissingPackageError, Section
 from sections.inputs import CLASSES, Target, draw_boxes, draw_targets
 
-BOXES = 16  # an image of COCO has 7.3 boxes, and a mixed one those of two
+BOXES = 16  # an image of COCO has 7.3 boxes, and a mixed image has the boxes of two
 # As many images as a device has by default: 2 in torchvision's training script, 8 in transformers' Trainer.
 
 
 def stock_and_weighted(
     sizes: str, model: nn.Module, loss: Callable[[Any, Any], Tensor], outputs: list[Tensor], targets: list[Target]
 ) -> Case:
-    """The loss of a model without weights, and of its weighted copy with random ones."""
+    """Time the loss of a model without weights, and of its weighted copy with random weights."""
 
     def run(model: nn.Module, targets: list[Target]) -> Tensor:
         total = loss(model, targets)
@@ -44,7 +44,7 @@ def stock_and_weighted(
 
 
 def dense(device: torch.device, *, name: str, size: tuple[int, int], count: int = 2) -> Case:
-    """The loss of a detector of torchvision that classifies every anchor, with the anchors matched beforehand."""
+    """Time the loss of a one-stage detector of torchvision, with anchors that are already matched."""
     backbone = random_backbone(range(3, 8), count, size, device)
     sides = {"min_size": min(size), "max_size": max(size)}
     model = getattr(detection, name)(backbone, CLASSES, **sides).to(device)
@@ -64,7 +64,7 @@ def dense(device: torch.device, *, name: str, size: tuple[int, int], count: int 
 
 
 def faster_rcnn(device: torch.device, *, size: tuple[int, int], count: int = 2) -> Case:
-    """Matching, sampling and loss of both stages of Faster R-CNN, with proposals and the outputs of heads given."""
+    """Time matching, sampling and loss of both stages of Faster R-CNN, with given proposals and outputs of heads."""
     sampled = 512  # torchvision's default
     backbone = random_backbone(range(2, 7), count, size, device)
     logits = torch.randn(count * sampled, CLASSES, device=device, requires_grad=True)
@@ -94,7 +94,7 @@ def faster_rcnn(device: torch.device, *, size: tuple[int, int], count: int = 2) 
 
 
 def rt_detr(device: torch.device, *, count: int = 8, **options: int) -> Case:
-    """Matching and loss of transformers' RT-DETR, with the outputs of decoder and encoder given."""
+    """Time matching and loss of transformers' RT-DETR, with given outputs of decoder and encoder."""
     if None in map(find_spec, ("transformers", "scipy")):
         raise MissingPackageError("pip install 'detmix[transformers]'")
     from transformers import RTDetrConfig, RTDetrForObjectDetection
@@ -137,7 +137,7 @@ def rt_detr(device: torch.device, *, count: int = 8, **options: int) -> Case:
 
 
 def random_backbone(levels: range, count: int, size: tuple[int, int], device: torch.device) -> nn.Module:
-    """What passes for a backbone, with the feature pyramid's sizes but noise as features."""
+    """Return a module that outputs noise with the sizes of a feature pyramid."""
     channels = 32  # the fewest that the group norms of FCOS can have
     backbone = giving(
         {
@@ -150,7 +150,7 @@ def random_backbone(levels: range, count: int, size: tuple[int, int], device: to
 
 
 def giving(output: Any) -> nn.Module:
-    """A module with this output whatever its inputs, in place of layers that are not timed."""
+    """Return a module with a constant output, in place of layers that are not timed."""
     module = nn.Identity()
     module.forward = lambda *_: output
     return module

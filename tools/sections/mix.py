@@ -1,4 +1,4 @@
-"""Two images on a shared canvas, beside a copy of as many bytes, OpenCV's own call and the usual numpy."""
+"""Time blending two images on a shared canvas, beside a copy of as many bytes, OpenCV's blend and plain numpy."""
 
 import functools
 
@@ -24,9 +24,9 @@ def blend(
     sizes: tuple[Size, Size] = ((480, 640), (640, 480)),
     channels: int = 3,
 ) -> Case:
-    """The blend of two images ``(C, H, W)``, whose memory is that of arrays ``(H, W, C)`` if ``is_hwc``.
+    """Blend two images ``(C, H, W)``; with ``is_hwc`` their memory is that of arrays ``(H, W, C)``.
 
-    The copy moves as many bytes as the least that a blend can: it reads both images and writes the canvas.
+    The copy moves as many bytes as a blend needs at least: it reads both images and writes the canvas.
     """
     images = [
         draw_pixels(*size, channels, dtype=dtype, device=device).permute(2, 0, 1)
@@ -51,19 +51,19 @@ def blend(
 
 
 def on_canvas(image: Array, size: Size) -> Array:
-    """The image at the top left of zeros, in its own memory layout."""
+    """Place an image at the top left of zeros, in its own memory layout."""
     canvas = np.zeros_like(image, shape=(len(image), *size))
     canvas[:, : image.shape[1], : image.shape[2]] = image
     return canvas
 
 
 def as_rows(image: Array, is_hwc: bool) -> Array:
-    """An array ``(C, H, W)`` as one that OpenCV takes without a copy: ``(H, W, C)``, or all channels' rows."""
+    """View an array ``(C, H, W)`` as OpenCV takes it without a copy: ``(H, W, C)``, or all channels' rows."""
     return image.transpose(1, 2, 0) if is_hwc else image.reshape(-1, image.shape[2])
 
 
 def blend_by_numpy(first: Array, second: Array) -> Array:
-    """What GluonCV does, on numpy: a float32 canvas of zeros, one image in, the other added, truncated."""
+    """Blend as GluonCV does, in numpy: a float32 canvas of zeros, one image in, the other added, truncated."""
     size = [max(sides) for sides in zip(first.shape, second.shape, strict=True)]
     canvas = np.zeros_like(first, shape=size, dtype=np.float32)
     canvas[:, : first.shape[1], : first.shape[2]] = first.astype(np.float32) * LAM

@@ -1,4 +1,4 @@
-"""A whole training step of stock detectors: with mix and weighted losses, with weighted losses, and with neither."""
+"""Time a whole training step: with mix and weighted losses, with weighted losses, and with neither."""
 
 import copy
 import functools
@@ -22,14 +22,14 @@ Forward = Callable[[nn.Module, Tensor, Sequence[Target]], Tensor]
 
 
 def steps(model: nn.Module, forward: Forward, size: Sequence[int], device: torch.device) -> Case:
-    """Forward, backward and a step of SGD, by three copies of a model on the same mixed images and boxes.
+    """Run forward, backward and a step of SGD with three copies of a model on the same mixed images and boxes.
 
-    ``mix + weighted`` mixes them itself, the others get them mixed. The rate is 0, so that all do the same work
-    however many rounds there are.
+    ``mix + weighted`` mixes in each run; the others get mixed images. The learning rate is 0, so that the work stays
+    the same in all rounds.
     """
     images = draw_pixels(*size, dtype=torch.float32, device=device)
     targets = draw_targets([(size[-2], size[-1])] * len(images), BOXES, device)
-    # No draw of it is random, and none is of torch's generator: the samplers of all three models get the same numbers.
+    # This mix draws nothing from torch's generator, so the samplers of all three models get the same numbers.
     mixup = detmix.MixUp(lam=0.6, pairing="reversal", seed=0)
     mixed = mixup(images, targets)
     stock, weighted = copy.deepcopy(model), detmix.weight_losses(copy.deepcopy(model))
@@ -58,9 +58,9 @@ def steps(model: nn.Module, forward: Forward, size: Sequence[int], device: torch
 def torchvision(
     device: torch.device, *, build: Callable[..., nn.Module], size: Sequence[int] | None = None, **options: Any
 ) -> Case:
-    """A detector of torchvision, with random parameters."""
+    """Build a detector of torchvision with random parameters."""
     size = size or SIZES[device.type]
-    sides: dict[str, int] = {"min_size": min(size[-2:]), "max_size": max(size[-2:])}  # it resizes nothing
+    sides: dict[str, int] = {"min_size": min(size[-2:]), "max_size": max(size[-2:])}  # nothing is resized
     model = build(weights=None, weights_backbone=None, num_classes=CLASSES, **sides, **options)
 
     def forward(model: nn.Module, images: Tensor, targets: Sequence[Target]) -> Tensor:
@@ -70,7 +70,7 @@ def torchvision(
 
 
 def rt_detr(device: torch.device, *, size: Sequence[int] | None = None, **options: Any) -> Case:
-    """RT-DETR of transformers on a ResNet-50, with random parameters."""
+    """Build RT-DETR of transformers on a ResNet-50 with random parameters."""
     if None in map(find_spec, ("transformers", "scipy")):
         raise MissingPackageError("pip install 'detmix[transformers]'")
     from transformers import RTDetrConfig, RTDetrForObjectDetection

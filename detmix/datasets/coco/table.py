@@ -256,7 +256,7 @@ def _parse(file: Path) -> Record:
         raise ValueError(f"{file} holds a {type(content).__name__}{hint}, expected COCO's dict.")
     for section in SECTIONS:
         if text.count(f'"{section}"') > 1 and _top_keys(text).count(section) > 1:
-            raise ValueError(f"{file} has {section!r} more than once, of which json keeps the last only.")
+            raise ValueError(f"{file} has {section!r} more than once, but json keeps only the last.")
     return content
 
 

@@ -7,82 +7,16 @@ import pickle
 import re
 
 import numpy as np
-import PIL.Image
 import pytest
 import torch
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection.transform import resize_boxes
 
-from detmix.datasets.coco import images
 from detmix.datasets.coco.folder import CocoFolder
-
-FILE = "instances_train.json"
-SIZE = (20, 30)  # height, width of every image
-TRIANGLE = [[4.0, 3.0, 14.0, 3.0, 9.0, 12.5]]
-PIXELS = np.zeros(SIZE, dtype=np.uint8)
-PIXELS[5:9, 20:26] = 1
-
-
-def compressed(pixels):
-    rle = coco_mask.encode(np.asfortranarray(pixels))
-    return {"size": rle["size"], "counts": rle["counts"].decode()}
-
-
-def uncompressed(pixels):
-    counts, last = [0], 0
-    for value in pixels.flatten(order="F").tolist():
-        if value != last:
-            counts.append(0)
-            last = value
-        counts[-1] += 1
-    return {"size": list(pixels.shape), "counts": counts}
-
-
-def annotation(number, image, category=7, **keys):
-    x = float(number % 5)
-    base = {"id": number, "image_id": image, "category_id": category, "bbox": [x, 2.0, 10.5, 8.25], "area": 50.5}
-    points = [x, 2.0, 2, x + 3, 4.5, 1]
-    return {**base, "iscrowd": 0, "segmentation": TRIANGLE, "keypoints": points, **keys}
-
-
-@pytest.fixture
-def content():
-    """Four images (30 last in the file but not by id; 40 empty), sparse category ids out of order, one crowd box."""
-    return {
-        "images": [
-            {"id": number, "file_name": f"{number}.png", "height": SIZE[0], "width": SIZE[1]}
-            for number in (10, 50, 40, 30)
-        ],
-        "categories": [{"id": 90, "name": "late"}, {"id": 3, "name": "early"}, {"id": 7, "name": "middle"}],
-        "annotations": [
-            annotation(1, 30, 90),
-            annotation(2, 10, 3, segmentation=compressed(PIXELS)),
-            annotation(3, 30, 7, segmentation=uncompressed(PIXELS)),
-            annotation(4, 10, 7, iscrowd=1, segmentation=uncompressed(PIXELS), bbox=[20, 5, 6, 4]),
-            annotation(5, 50, 90, segmentation=[*TRIANGLE, [20, 15, 28, 15, 28, 19, 20, 19]]),
-        ],
-    }
-
-
-@pytest.fixture
-def write(tmp_path):
-    """Write a json and its images to a folder."""
-
-    def write(content, text=None):
-        (tmp_path / "annotations").mkdir(exist_ok=True)
-        (tmp_path / "images").mkdir(exist_ok=True)
-        (tmp_path / "annotations" / FILE).write_text(json.dumps(content) if text is None else text)
-        if isinstance(content, dict):
-            for number, image in enumerate(content.get("images", [])):
-                pixels = np.random.default_rng(number).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
-                PIL.Image.fromarray(pixels).save(tmp_path / "images" / image["file_name"])
-        return tmp_path
-
-    return write
+from tests.datasets.coco.written import FILE, PIXELS, SIZE, TRIANGLE, annotation, compressed
 
 
 def quiet(function, *args):
@@ -196,23 +130,6 @@ def test_indices_count_from_either_end_and_stop_there(content, write):
     for index in (4, -5):
         with pytest.raises(IndexError, match=f"index {index} is out of range for 4 images"):
             dataset[index]
-
-
-@pytest.mark.parametrize(
-    ("mode", "suffix"), [("RGB", "jpg"), ("L", "jpg"), ("L", "png"), ("P", "png"), ("RGBA", "png"), ("I;16", "png")]
-)
-def test_every_colour_mode_becomes_rgb_of_8_bits(content, write, mode, suffix):
-    root = write(content)
-    ramp = np.tile(np.arange(SIZE[1], dtype=np.uint8) * 8, (SIZE[0], 1))
-    picture = (
-        PIL.Image.fromarray(ramp.astype(np.uint16) * 257) if mode == "I;16" else PIL.Image.fromarray(ramp).convert(mode)
-    )
-    content["images"][0]["file_name"] = f"other.{suffix}"
-    (root / "annotations" / FILE).write_text(json.dumps(content))
-    picture.save(root / "images" / f"other.{suffix}", **({"quality": 100} if suffix == "jpg" else {}))
-    image, _ = CocoFolder(root)[0]
-    assert (image.dtype, tuple(image.shape)) == (torch.uint8, (3, *SIZE))
-    assert (image.int() - torch.from_numpy(ramp).int()).abs().max() <= 2  # JPEG rounds
 
 
 def test_objects_of_an_image_keep_the_order_of_the_file(content, write):
@@ -462,81 +379,6 @@ def test_images_without_size_are_named(content, write, size):
         CocoFolder(write(content), check_files=False)
 
 
-def test_missing_images_are_named_and_counted(content, write):
-    root = write(content)
-    for number in (30, 50):
-        (root / "images" / f"{number}.png").unlink()
-    with pytest.raises(FileNotFoundError, match=rf"30.png is missing, which .*{FILE} lists; 1 more of its 4 images"):
-        CocoFolder(root)
-    CocoFolder(root, check_files=False)
-
-
-def test_images_of_another_size_are_named(content, write):
-    root = write(content)
-    PIL.Image.new("RGB", (25, 20)).save(root / "images" / "40.png")
-    with pytest.raises(ValueError, match=rf"40.png is 20 high and 25 wide, but .*{FILE} says 20 and 30"):
-        CocoFolder(root)
-    with pytest.raises(ValueError, match=r"40.png is \(20, 25\).*says \(20, 30\)"):
-        CocoFolder(root, check_files=False)[2]
-
-
-def test_files_that_are_no_image_are_named(content, write):
-    root = write(content)
-    (root / "images" / "40.png").write_text("no image")
-    with pytest.raises(ValueError, match=rf"40.png, listed in .*{FILE}, is no readable image"):
-        CocoFolder(root)
-
-
-def test_truncated_images_are_named_when_read(content, write):
-    root = write(content)
-    path = root / "images" / "40.png"
-    path.write_bytes(path.read_bytes()[:200])
-    dataset = CocoFolder(root)  # the header is whole
-    with pytest.raises(OSError, match=r"40.png cannot be decoded"):
-        dataset[2]
-
-
-@pytest.mark.parametrize("damage", ["missing", "truncated", "other size", "no image"])
-def test_unreadable_images_are_skipped_on_request(content, write, damage):
-    root = write(content)
-    dataset = CocoFolder(root, unreadable="skip", transforms=lambda image, target: (image, target))
-    path = root / "images" / "40.png"
-    whole = path.read_bytes()
-    path.unlink()
-    if damage == "truncated":
-        path.write_bytes(whole[:200])
-    elif damage == "other size":
-        PIL.Image.new("RGB", (25, 20)).save(path)
-    elif damage == "no image":
-        path.write_text("no image")
-    image, said = dataset[2]
-    assert image is None
-    assert said.keys() == {"image_id", "error"}
-    assert (type(said["image_id"]), said["image_id"]) == (int, 40)
-    assert "40.png" in said["error"]
-    assert pickle.loads(pickle.dumps(said)) == said
-    assert [dataset[i][1]["image_id"] for i in (0, 1, 3)] == [10, 30, 50]
-    with pytest.raises((OSError, ValueError)) as refused:
-        CocoFolder(root, check_files=False)[2]
-    assert str(refused.value) == said["error"]
-    if damage == "truncated":
-        CocoFolder(root, unreadable="skip")  # the header is whole
-        return
-    with pytest.warns(UserWarning, match=rf"{FILE}: 1 of 4 images cannot be read and are skipped: .*40.png") as found:
-        CocoFolder(root, unreadable="skip")
-    assert [warning.filename for warning in found] == [__file__]
-
-
-def test_the_warning_counts_all_images_that_are_skipped(content, write):
-    root = write(content)
-    for number in (10, 30):
-        (root / "images" / f"{number}.png").unlink()
-    (root / "images" / "40.png").write_text("no image")
-    with pytest.warns(UserWarning, match=r"3 of 4 images cannot be read .*10.png is missing.* 1 more.*40.png, listed"):
-        dataset = CocoFolder(root, unreadable="skip")
-    assert [image is None for image, _ in dataset] == [True, True, True, False]
-
-
 def test_a_transform_that_fails_is_no_unreadable_image(content, write):
     def fail(image, target):
         raise ValueError("mine")
@@ -548,65 +390,6 @@ def test_a_transform_that_fails_is_no_unreadable_image(content, write):
 def test_unreadable_is_one_of_two_words(content, write):
     with pytest.raises(ValueError, match="unreadable is 'ignore', expected 'raise' or 'skip'"):
         CocoFolder(write(content), unreadable="ignore")
-
-
-def test_whatever_a_decoder_raises_names_the_file(content, write, monkeypatch):
-    dataset = CocoFolder(write(content))
-
-    def fail(*args):
-        raise SyntaxError("broken PNG file")
-
-    monkeypatch.setattr(images.PIL.Image, "open", fail)
-    with pytest.raises(OSError, match=r"10.png cannot be decoded: broken PNG file"):
-        dataset[0]
-    with pytest.raises(ValueError, match=r"10.png, listed in .* is no readable image: SyntaxError: broken PNG file"):
-        CocoFolder(dataset.root)
-
-
-def test_an_image_stored_turned_is_named_so(content, write):
-    root = write(content)
-    PIL.Image.new("RGB", SIZE).save(root / "images" / "40.png", exif=ORIENTED)
-    with pytest.raises(ValueError, match=r"40.png is 30 high and 20 wide, .* 20 and 30, .* EXIF orientation 6"):
-        CocoFolder(root)
-
-
-def jpeg(mode, **options):
-    """A JPEG of smooth noise."""
-    noise = np.random.default_rng(0).integers(0, 256, (5, 8, len(PIL.Image.new(mode, (1, 1)).getbands())), np.uint8)
-    picture = PIL.Image.fromarray(noise.squeeze(), mode).resize(SIZE[::-1], PIL.Image.Resampling.BILINEAR)
-    file = io.BytesIO()
-    picture.save(file, "JPEG", **options)
-    return file.getvalue()
-
-
-ORIENTED = PIL.Image.Exif()
-ORIENTED[0x0112] = 6  # turned by 90 degrees, which detectors' annotations do not follow
-
-
-@pytest.mark.filterwarnings("ignore:'mode' parameter:DeprecationWarning")
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"exif": ORIENTED}])
-@pytest.mark.parametrize("has_torchvisions", [True, False])
-def test_jpegs_have_the_pixels_that_pillow_reads(mode, options, has_torchvisions, content, write, monkeypatch):
-    root, decode = write(content), images.decode_jpeg
-    path = root / "images" / "40.png"  # whatever its name says
-    path.write_bytes(jpeg(mode, **options))
-    calls = []
-    monkeypatch.setattr(images, "decode_jpeg", (lambda *a: calls.append(0) or decode(*a)) if has_torchvisions else None)
-    image, _ = CocoFolder(root)[2]
-    with PIL.Image.open(path) as picture:
-        assert np.array_equal(image.permute(1, 2, 0), np.array(picture.convert("RGB")))
-    assert image.is_contiguous()
-    assert len(calls) == has_torchvisions
-
-
-def test_truncated_jpegs_are_named_when_read(content, write):
-    root = write(content)
-    path = root / "images" / "40.png"
-    path.write_bytes(jpeg("RGB")[:-40])
-    dataset = CocoFolder(root)
-    with pytest.raises(OSError, match=r"40.png cannot be decoded: image file is truncated"):
-        dataset[2]
 
 
 BAD_BOXES = [

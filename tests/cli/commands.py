@@ -1,0 +1,37 @@
+"""Commands as tests call them, and sets that they run on."""
+
+from pathlib import Path
+
+import pytest
+
+from detmix.cli import preview as preview_command
+from detmix.cli.train import DetectorCLI
+from detmix.datasets.shapes import draw_shapes
+from tests.training.narrow import FEW
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+DEMO = next(config for config in CONFIGS if config.stem == "demo")
+OPTIONS = f'--model.options {{"min_size":64,"max_size":64,{FEW}}}'
+SMALL = f"--model.fpn_channels 32 {OPTIONS} --data.batch_size 4 --data.num_workers 0"
+QUICK = "--trainer.max_epochs 2 --trainer.check_val_every_n_epoch 1 --trainer.log_every_n_steps 1 --data.mixup.stop 1"
+
+
+def command(monkeypatch, tool, line):
+    monkeypatch.setattr("sys.argv", [tool, *line.split()])
+    return preview_command.main() if tool == "preview.py" else DetectorCLI()
+
+
+def failure(monkeypatch, capsys, line, tool="train.py"):
+    with pytest.raises(SystemExit) as exit_info:
+        command(monkeypatch, tool, line)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err.strip().split("error: ")[-1]
+
+
+def truncated(tmp_path, *names, num_train=8, num_val=6):
+    """A set some of whose images are cut short after a sound header."""
+    root = draw_shapes(tmp_path / "shapes", num_train=num_train, num_val=num_val)
+    for name in names:
+        path = root / "images" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return root
