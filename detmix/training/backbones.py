@@ -1,5 +1,6 @@
 """Build backbones of torchvision and timm under a feature pyramid."""
 
+import difflib
 import logging
 import math
 from collections import OrderedDict
@@ -107,7 +108,7 @@ def _on_timm(
         raise ImportError(f"backbone {TIMM}{name} needs timm; pip install 'detmix[train]' brings it.") from error
     model = name.partition(".")[0]
     if not timm.is_model(model):
-        close = timm.list_models(f"*{model}*")[:5]
+        close = difflib.get_close_matches(model, timm.list_models())
         hint = f"; did you mean {', '.join(TIMM + other for other in close)}?" if close else "."
         raise ValueError(f"backbone must be {TIMM} and a model of timm, but {name!r} is none{hint}")
     options: dict[str, Any] = {}
@@ -140,19 +141,19 @@ def _on_timm(
 
 def _freeze_stages(body: Any, trainable: int, name: str) -> None:
     """Freeze all parameters up to the end of the last stage that is not trained."""
-    named = list(body.named_parameters())
+    modules = {f".{key}.".replace("_", "."): place for place, (key, _) in enumerate(body.named_modules())}
     ends = []
     for module in body.feature_info.module_name():
         stage = f".{module}.".replace("_", ".")  # timm writes stages.0 as stages_0 where it flattens a model
-        inside = [i for i, (key, _) in enumerate(named) if stage in f".{key}.".replace("_", ".")]
+        inside = [place for key, place in modules.items() if key.startswith((stage, f".model{stage}"))]
         if not inside:
-            raise ValueError(
-                f"trainable_layers cannot be used with {TIMM}{name}: its stage {module} has no parameters."
-            )
-        ends.append(inside[-1] + 1)
+            raise ValueError(f"trainable_layers does not fit {TIMM}{name}: its stage {module} is no module of it.")
+        ends.append(max(inside))
     first = _first_trained(trainable, 5) - (5 - len(ends))
-    for _, parameter in named[: ends[first - 1] if first > 0 else 0]:
-        parameter.requires_grad_(False)
+    last_frozen = ends[first - 1] if first > 0 else -1
+    for key, parameter in body.named_parameters():
+        if modules[f".{key.rpartition('.')[0]}.".replace("_", ".")] <= last_frozen:
+            parameter.requires_grad_(False)
 
 
 def _first_trained(trainable_layers: int, count: int) -> int:

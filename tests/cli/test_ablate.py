@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from detmix.cli import ablate
-from detmix.training.ablation import Results, Run, read_grid
+from detmix.cli.train import NOISE, DetectorCLI
+from detmix.training.ablation import Results, Run, as_arguments, prepare_set, read_grid
 
+pytestmark = [
+    *(pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE),
+    pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning"),  # of Lightning's use
+]
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 trainer: {max_epochs: 3, check_val_every_n_epoch: 1, num_sanity_val_steps: 0, enable_model_summary: false}
@@ -113,11 +118,9 @@ def test_a_run_gives_a_row_and_a_report_says_what_is_missing(grid, tmp_path, cap
 def test_arms_of_one_seed_start_from_equal_weights_and_see_the_same_images_in_the_same_order(
     grid, tmp_path, monkeypatch
 ):
-    from detmix.cli.train import DetectorCLI
-    from detmix.training.ablation import as_arguments, prepare_set
-
     found = read_grid(grid)
     seen = {}
+    monkeypatch.setattr("sys.argv", ["detmix"])
 
     class Watch(DetectorCLI):
         def after_fit(self):
