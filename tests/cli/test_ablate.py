@@ -20,7 +20,12 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parents[2]
 CONFIG = """
-trainer: {max_epochs: 3, log_every_n_steps: 1, check_val_every_n_epoch: 1, num_sanity_val_steps: 0, enable_model_summary: false}
+trainer:
+  max_epochs: 3
+  check_val_every_n_epoch: 1
+  log_every_n_steps: 1
+  num_sanity_val_steps: 0
+  enable_model_summary: false
 model:
   detector: FasterRCNN
   backbone: timm/resnet10t

@@ -8,9 +8,12 @@ from torchvision import models
 from torchvision.models.detection import FasterRCNN
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
+from detmix.datasets.coco.folder import CocoFolder
 from detmix.training.backbones import TimmPyramid, build_pyramid, fit_state
 from detmix.training.build import build_detector
 from detmix.training.checkpoint import load_detector
+from detmix.training.export import check_onnx, export_onnx
+from detmix.training.predict import write_predictions
 from tests.training.saving import save_checkpoint
 
 LITE = "timm/tf_efficientnet_lite0"
@@ -155,3 +158,16 @@ def test_equal_names_with_other_shapes_are_never_taken_by_order():
     own, state = {"a": torch.zeros(2), "b": torch.zeros(3)}, {"a": torch.zeros(3), "b": torch.zeros(2)}
     with pytest.raises(ValueError, match=r"tensor 0 is a \(3,\) in the file and a \(2,\) in the model"):
         fit_state(own, state, "a model", "a.pth")
+
+
+def test_a_detector_on_a_backbone_of_timm_exports_and_predicts(shapes, tmp_path):
+    torch.manual_seed(0)
+    options = {"min_size": 96, "max_size": 96}
+    model = build_detector("FasterRCNN", 4, backbone=LITE, fpn_channels=32, options=options).eval()
+    images = [torch.rand(3, 80, 96), torch.rand(3, 64, 90)]
+    parity = check_onnx(export_onnx(model, ["circle", "square", "triangle"]), model, images)
+    assert parity.holds
+    assert parity.detections > 0
+    dataset = CocoFolder(shapes, "annotations/instances_val.json")
+    assert write_predictions(model, dataset, tmp_path, print, pictures=False) == list(dataset.image_ids)
+    assert (tmp_path / "predictions.json").stat().st_size > 100
