@@ -11,6 +11,7 @@ COMMANDS = {
     "check": ("check", "find every defect of a dataset in COCO format, and write a copy without them"),
     "predict": ("predict", "predict with a trained detector"),
     "export": ("export", "export a trained detector to ONNX"),
+    "ablate": ("ablate", "compare trainings in a grid of arms, sets and seeds"),
 }
 """Each command with its module, which is imported when the command runs, and with what it does."""
 

@@ -5,24 +5,23 @@ import inspect
 import logging
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import detection
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+
+from detmix.training.backbones import build_pyramid, is_file_name, read_state_dict
 
 _log = logging.getLogger(__name__)
 _LISTED = 8  # names in a message; a new head has four
 
-# Architectures that take any feature pyramid, with the ResNet stages and the extra levels that torchvision's own
+# Architectures that take any feature pyramid, with the strides and the extra levels that torchvision's own
 # builders use, so that the default anchors fit.
-_ONE_STAGE = ((2, 3, 4), lambda channels: LastLevelP6P7(channels, channels))
-_TWO_STAGE = ((1, 2, 3, 4), lambda channels: LastLevelMaxPool())
+_ONE_STAGE = ((8, 16, 32), lambda channels: LastLevelP6P7(channels, channels))
+_TWO_STAGE = ((4, 8, 16, 32), lambda channels: LastLevelMaxPool())
 _ON_PYRAMIDS: dict[str, tuple[Any, tuple[tuple[int, ...], Callable[[int], nn.Module]]]] = {
     "FCOS": (detection.FCOS, _ONE_STAGE),
     "RetinaNet": (detection.RetinaNet, _ONE_STAGE),
@@ -50,6 +49,7 @@ def build_detector(
     weights_backbone: str | None = None,
     backbone: str | None = None,
     fpn_channels: int = 256,
+    trainable_layers: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> nn.Module:
     """Build a detector of torchvision, without weighted losses.
@@ -61,14 +61,20 @@ def build_detector(
         weights: Initial weights of the whole detector: a name of torchvision weights such as ``"DEFAULT"``, or the file
             of a state dict. Parameters of other shapes, as of a head for other classes, stay randomly initialised and
             are logged.
-        weights_backbone: Name of torchvision weights for the backbone.
-        backbone: ResNet of torchvision such as ``"resnet18"``, used with a feature pyramid.
+        weights_backbone: Initial weights of the backbone: a name of torchvision weights, a tag of timm (``"DEFAULT"``
+            for its first one), or the file of a state dict. A file whose tensors have other names but fit in order and
+            shape is loaded, and the log says so.
+        backbone: ResNet of torchvision such as ``"resnet18"``, or ``"timm/NAME"`` for a model of timm that has
+            ``features_only``. It is used with a feature pyramid. A detector normalises images as timm's model does.
         fpn_channels: Channels of the feature pyramid and of the heads; a multiple of 32.
+        trainable_layers: Stages of ``backbone`` that are trained, 0 to 5, counted from the last one. The others are
+            frozen. ``None`` trains all.
         options: More keyword arguments of the builder or class, such as ``min_size``.
 
     Raises:
-        ValueError: if the name or an option is unknown, or the name does not fit ``backbone``.
-        FileNotFoundError: if ``weights`` is a file name and there is no such file.
+        ValueError: if the name or an option is unknown, the name does not fit ``backbone``, or a file does not fit.
+        FileNotFoundError: if weights are a file name and there is no such file.
+        ImportError: if a model of timm is named and timm is not installed.
 
     Example:
         >>> model = build_detector("FCOS", 4, backbone="resnet18", fpn_channels=32, options={"min_size": 64})
@@ -82,30 +88,25 @@ def build_detector(
             f"backbone must be given with {', '.join(_ON_PYRAMIDS)} and with no other detector, "
             f"but detector is {name!r} and backbone is {backbone!r}."
         )
+    if backbone is None and trainable_layers is not None:
+        raise ValueError(
+            f"trainable_layers must be given with backbone; {name} takes trainable_backbone_layers among its options."
+        )
     if "num_classes" in (options or {}):
         raise ValueError("options must not hold num_classes, because it is an argument of its own.")
     build = (
         partial(models.get_model, name, weights_backbone=weights_backbone)
         if backbone is None
-        else partial(_on_pyramid, name, backbone, weights_backbone, fpn_channels)
+        else partial(_on_pyramid, name, backbone, weights_backbone, fpn_channels, trainable_layers)
     )
     if weights is None:
         return _build(build, name, num_classes, options)
     if is_file_name(weights):
-        if not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"weights must be the name of torchvision weights or a file, but there is no {weights}."
-            )
-        return _load_what_fits(_build(build, name, num_classes, options), _read_state_dict(weights))
+        return _load_what_fits(_build(build, name, num_classes, options), read_state_dict(weights))
     model = _build(partial(models.get_model, name, weights_backbone=None), name, num_classes, options)
     trained: nn.Module = models.get_model(name, weights=weights, **(options or {}))
     model.backbone = trained.backbone  # with frozen batch norms, which a model built without weights lacks
     return _load_what_fits(model, trained.state_dict())
-
-
-def is_file_name(weights: str) -> bool:
-    """Return whether ``weights`` of `build_detector` name a file and not weights of torchvision."""
-    return weights.endswith((".pt", ".pth", ".ckpt"))
 
 
 def _build(build: Callable[..., nn.Module], name: str, num_classes: int, options: dict[str, Any] | None) -> nn.Module:
@@ -129,29 +130,20 @@ def _build(build: Callable[..., nn.Module], name: str, num_classes: int, options
 
 
 def _on_pyramid(
-    name: str, backbone: str, weights: str | None, channels: int, *, num_classes: int, **options: Any
+    name: str,
+    backbone: str,
+    weights: str | None,
+    channels: int,
+    trainable_layers: int | None,
+    *,
+    num_classes: int,
+    **options: Any,
 ) -> nn.Module:
-    known = [
-        resnet
-        for resnet in models.list_models(module=models)
-        if resnet.startswith(("resnet", "resnext", "wide_resnet"))
-    ]
-    if backbone not in known:
-        raise ValueError(f"backbone must be one of {', '.join(known)}, but it is {backbone!r}.")
-    build, (stages, extra) = _ON_PYRAMIDS[name]
-    body = models.get_model(backbone, weights=weights)
-    in_channels = [body.inplanes // 2 ** (4 - stage) for stage in stages]
-    layers = {f"layer{stage}": str(i) for i, stage in enumerate(stages)}
-    pyramid = BackboneWithFPN(body, layers, in_channels, channels, extra_blocks=extra(channels))
-    model: nn.Module = build(pyramid, num_classes, **options)
+    build, (strides, extra) = _ON_PYRAMIDS[name]
+    given: dict[str, Any] = {"weights": weights, "trainable_layers": trainable_layers}
+    pyramid, needed = build_pyramid(backbone, strides, channels, extra(channels), **given)
+    model: nn.Module = build(pyramid, num_classes, **{**needed, **options})
     return model
-
-
-def _read_state_dict(path: str) -> dict[str, Tensor]:
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("state_dict", state)
-    nn.modules.utils.consume_prefix_in_state_dict_if_present(state, "model.")
-    return state
 
 
 def _load_what_fits(model: nn.Module, state: dict[str, Tensor]) -> nn.Module:

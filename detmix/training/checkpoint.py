@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.ops import FrozenBatchNorm2d
 
-from detmix.training.build import build_detector, is_file_name
+from detmix.training.backbones import TIMM, is_file_name
+from detmix.training.build import build_detector
 
 _ZERO_EPS = ("fasterrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn", "retinanet_resnet50_fpn")
 """Builders that set the eps of their batch norms to 0 with their COCO_V1 weights, which a state dict does not hold."""
@@ -113,6 +114,9 @@ def _rebuild(settings: dict[str, Any], state: dict[str, Tensor]) -> nn.Module:
     known = inspect.signature(build_detector).parameters.keys() - {"name", "num_classes"}
     # All weights are in the state, so the initial weights of the training are neither downloaded nor read.
     arguments = {key: settings[key] for key in known & settings.keys()} | {"weights": None, "weights_backbone": None}
+    tag, backbone = settings.get("weights_backbone"), settings.get("backbone") or ""
+    if backbone.startswith(TIMM) and tag not in (None, "DEFAULT") and not is_file_name(tag):
+        arguments["backbone"] = f"{backbone.partition('.')[0]}.{tag}"  # a tag also says how images are normalised
     model = build_detector(settings["detector"], settings["num_classes"], **arguments)
     # torchvision freezes the batch norms of pretrained backbones, and a frozen batch norm does not count batches.
     frozen = [

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -17,18 +16,8 @@ from torch.optim import lr_scheduler
 from detmix.losses import weight_losses
 from detmix.targets import Target
 from detmix.training.build import build_detector
-from detmix.training.metric import GatheredAP
+from detmix.training.metric import COCO_FIGURES, as_metric_input, make_metric
 from detmix.training.records import write_record
-
-# COCO's names of its twelve figures, with torchmetrics' names.
-COCO_FIGURES = dict(
-    zip(
-        ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
-        [f"map{of}" for of in ("", "_50", "_75", "_small", "_medium", "_large")]
-        + [f"mar{of}" for of in ("_1", "_10", "_100", "_small", "_medium", "_large")],
-        strict=True,
-    )
-)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -44,9 +33,11 @@ class DetectorModule(L.LightningModule):
         detector: Builder of torchvision such as ``fcos_resnet50_fpn``. With ``backbone``, one of the classes FCOS,
             RetinaNet, FasterRCNN, MaskRCNN and KeypointRCNN.
         weights: Initial weights of the whole detector: a name of torchvision weights, or the file of a state dict.
-        weights_backbone: Initial weights of the backbone: a name of torchvision weights.
-        backbone: ResNet of torchvision such as ``resnet18``.
+        weights_backbone: Initial weights of the backbone: a name of torchvision weights, a tag of timm (``DEFAULT`` for
+            its first one), or the file of a state dict.
+        backbone: ResNet of torchvision such as ``resnet18``, or ``timm/NAME`` for a model of timm.
         fpn_channels: Channels of the feature pyramid on ``backbone`` and of the heads.
+        trainable_layers: Stages of ``backbone`` that are trained, 0 to 5, counted from the last one. Null trains all.
         options: More arguments of torchvision's builder or class, such as ``min_size``.
         weighted: Whether the losses use ``target["weights"]``. If false, mixed images train torchvision's own losses.
         optimizer: SGD with momentum 0.9, or AdamW.
@@ -77,6 +68,7 @@ class DetectorModule(L.LightningModule):
         weights_backbone: str | None = None,
         backbone: str | None = None,
         fpn_channels: int = 256,
+        trainable_layers: int | None = None,
         options: dict[str, Any] | None = None,
         weighted: bool = True,
         optimizer: Literal["SGD", "AdamW"] = "SGD",
@@ -105,6 +97,7 @@ class DetectorModule(L.LightningModule):
             weights_backbone=weights_backbone,
             backbone=backbone,
             fpn_channels=fpn_channels,
+            trainable_layers=trainable_layers,
             options=options,
         )
         self._freeze(freeze)
@@ -116,16 +109,8 @@ class DetectorModule(L.LightningModule):
         self.skipped = 0
         self._is_step_skipped = True
         self._statistics: list[Tensor] = []
-        iou_types: Any = ("bbox", "segm") if "maskrcnn" in detector.lower() else ("bbox",)
-        self.metric = GatheredAP(
-            iou_type=iou_types,
-            # COCO's own thresholds: torchmetrics' are rounded to float32, and miss recalls that hit one exactly.
-            iou_thresholds=np.linspace(0.5, 0.95, 10).tolist(),
-            rec_thresholds=np.linspace(0, 1, 101).tolist(),
-            class_metrics=True,
-            backend="faster_coco_eval",
-        )
-        self.metric.warn_on_many_detections = False  # COCO's own limit of 100 is what is meant
+        iou_types = ("bbox", "segm") if "maskrcnn" in detector.lower() else ("bbox",)
+        self.metric = make_metric(iou_types)
 
     def training_step(self, batch: tuple[list[Tensor], list[Target]], batch_idx: int) -> Tensor:
         """Return the sum of torchvision's loss terms, and log each term."""
@@ -217,7 +202,7 @@ class DetectorModule(L.LightningModule):
         """Predict, and add predictions and targets to the COCO evaluation."""
         images, targets = batch
         predictions: list[dict[str, Tensor]] = self.model(images) if images else []
-        self.metric.update([_for_metric(p) for p in predictions], [_for_metric(t) for t in targets])
+        self.metric.update([as_metric_input(p) for p in predictions], [as_metric_input(t) for t in targets])
         return predictions
 
     def on_validation_epoch_end(self) -> None:
@@ -280,11 +265,3 @@ def lr_share(step: int, *, total: int, warmup: int, milestones: Sequence[float] 
         steps = [round(milestone * total) if milestone <= 1 else milestone for milestone in milestones]
         return float(0.1 ** sum(step >= milestone for milestone in steps))
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup)))
-
-
-def _for_metric(fields: dict[str, Any]) -> dict[str, Tensor]:
-    keys = fields.keys() & {"boxes", "labels", "scores", "masks", "iscrowd", "area"}
-    plain = {key: fields[key].as_subclass(Tensor) for key in keys}
-    if "masks" in plain:  # predictions are probabilities (N, 1, H, W)
-        plain["masks"] = (plain["masks"] > 0.5).flatten(0, -3)
-    return plain

@@ -22,10 +22,13 @@ def test_an_unknown_command_is_one_line(capsys):
     assert main(["nope"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "error: command must be one of fit, validate, preview, check, predict, export, but it is 'nope'\n"
+    assert (
+        err
+        == "error: command must be one of fit, validate, preview, check, predict, export, ablate, but it is 'nope'\n"
+    )
 
 
-@pytest.mark.parametrize("name", ["preview", "check", "predict", "export"])
+@pytest.mark.parametrize("name", ["preview", "check", "predict", "export", "ablate"])
 def test_a_command_has_its_own_help(name, capsys):
     with pytest.raises(SystemExit) as exit_info:
         main([name, "--help"])

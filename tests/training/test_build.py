@@ -46,7 +46,7 @@ def test_a_pyramid_is_that_of_torchvisions_own_builder(name, backbone):
 def test_names_nobody_knows_are_named():
     with pytest.raises(ValueError, match=r"detector must be one of .*fcos_resnet50_fpn, .*FCOS.*, but it is 'yolo'"):
         build_detector("yolo", 3)
-    with pytest.raises(ValueError, match=r"backbone must be one of resnet101, .*, but it is 'vgg16'"):
+    with pytest.raises(ValueError, match=r"backbone must be timm/NAME or one of resnet101, .*, but it is 'vgg16'"):
         build_detector("FCOS", 3, backbone="vgg16")
     with pytest.raises(ValueError, match=r"backbone must be given with FCOS.* detector is 'FCOS' and backbone is None"):
         build_detector("FCOS", 3)
