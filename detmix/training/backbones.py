@@ -175,7 +175,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"weights must be the name of torchvision or timm weights or a file, but {path} is none."
+            f"weights must be the name of torchvision or timm weights or a file, but there is no {path}."
         )
     if path.endswith(".safetensors"):
         from safetensors.torch import load_file
