@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-from detmix.cli.parser import Parser, at_least
+from detmix.cli.parser import Parser, at_least, run_command
 
 # detmix.training, and torch with it, is imported where it is used, so that --help and mistakes take no time.
 
@@ -69,39 +69,31 @@ def make_parser(prog: str | None = None) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Run or report a grid as the command line says.
-
-    Args:
-        arguments: Arguments of the command line; those of the process if ``None``.
-        prog: Name of the command in its help.
-
-    Returns:
-        The exit status.
-    """
+    """Run or report the grid that the command line names."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["_child"]:  # started by this command, for one run
         return _train(json.loads(given[1]))
-    parser = make_parser(prog)
-    args = parser.parse_args(given)
+    return run_command(make_parser(prog), run, given)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train what is missing, or write the report, and return the exit status."""
     from detmix.training.ablation import Results, read_grid
 
     results = args.results or Path("results", f"{args.grid.stem}.csv")
-    try:
-        grid = read_grid(args.grid)
-        if args.command == "report":
-            from detmix.training.ablation_report import write_report
+    grid = read_grid(args.grid)
+    if args.command == "report":
+        from detmix.training.ablation_report import write_report
 
-            written = write_report(grid, Results(results), args.output or results.parent)
-            sys.stdout.write(f"Wrote {written}\n")
-            return 0
-        roots = dict(_split_root(text) for text in args.root)
-        if not args.resume and results.exists():
-            raise ValueError(f"results {results} must not exist with --no-resume.")
-        work = args.work or Path("runs/ablation", args.grid.stem)
-        with _only_one(work):
-            return Scheduler(grid, results, roots, work, args).run()
-    except (OSError, ValueError) as error:
-        parser.error(error)
+        written = write_report(grid, Results(results), args.output or results.parent)
+        sys.stdout.write(f"Wrote {written}\n")
+        return 0
+    roots = dict(_split_root(text) for text in args.root)
+    if not args.resume and results.exists():
+        raise ValueError(f"results {results} must not exist with --no-resume.")
+    work = args.work or Path("runs/ablation", args.grid.stem)
+    with _only_one(work):
+        return Scheduler(grid, results, roots, work, args).run()
 
 
 class Scheduler:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from detmix.cli.parser import Parser, at_least, writable_file
+from detmix.cli.parser import Parser, at_least, run_command, writable_file
 from detmix.training.files import write_json
 
 if TYPE_CHECKING:
@@ -116,21 +116,8 @@ def as_record(check: "Check") -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Check the files that the command line names, and write what it asks for.
-
-    Args:
-        arguments: Of the command line; those of the process by default.
-        prog: The name of the command in its help.
-
-    Returns:
-        The exit status.
-    """
-    parser = make_parser(prog)
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except (OSError, ValueError) as error:
-        parser.error(error)
+    """Check the files that the command line names, and write what it asks for."""
+    return run_command(make_parser(prog), run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:

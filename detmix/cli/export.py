@@ -5,10 +5,9 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from detmix.cli.parser import Parser
-from detmix.training.files import write_json
+from detmix.cli.parser import Parser, run_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,21 +39,8 @@ def make_parser(prog: str | None = None) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Export the checkpoint that the command line names.
-
-    Args:
-        arguments: Of the command line; those of the process by default.
-        prog: The name of the command in its help.
-
-    Returns:
-        The exit status.
-    """
-    parser = make_parser(prog)
-    args = parser.parse_args(arguments)
-    try:
-        return run(args)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(error)
+    """Export the checkpoint that the command line names."""
+    return run_command(make_parser(prog), run, arguments, (OSError, ValueError, ImportError))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -89,23 +75,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
 def _read(folder: Path, files: list[Path] | None) -> Iterator["Tensor"]:
     import torch
     from torchvision.transforms.v2 import functional as TF
 
     from detmix.datasets.coco.folder import CocoFolder
     from detmix.datasets.shapes import draw_shapes
-    from detmix.training.predict import make_content
+    from detmix.training.predict import make_dataset
 
     if files is None:
         dataset = CocoFolder(draw_shapes(folder / "shapes", num_train=16, num_val=1))
     else:
-        unreadable: list[str] = []
-        content = make_content(files, [], unreadable.append)
-        write_json(content, folder / "images.json")
-        if unreadable:
-            raise ValueError(unreadable[0])
-        dataset = CocoFolder(content["info"]["images_folder"], folder / "images.json", ".", check_files=False)
+        _, dataset = make_dataset(files, [], folder / "images.json", _refuse)
     for index in range(len(dataset)):
         yield TF.to_dtype(dataset.read_image(index).as_subclass(torch.Tensor), torch.float32, scale=True)
 

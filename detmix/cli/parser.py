@@ -1,10 +1,10 @@
-"""The parser that the commands share. It imports no torch, so that --help and mistakes take no time."""
+"""What the commands share. It imports no torch, so that --help and mistakes take no time."""
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,6 +13,30 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str | Exception) -> NoReturn:
         """Exit with the message in one line, without the usage."""
         self.exit(2, f"error: {one_line(message)}\n")
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[Any], int],
+    arguments: Sequence[str] | None,
+    mistakes: tuple[type[Exception], ...] = (OSError, ValueError),
+) -> int:
+    """Run a command, and report a mistake in one line: the body of each command's ``main(arguments, prog)``.
+
+    Args:
+        parser: Parser of the command line.
+        run: Called with what the parser has read. It returns the exit status.
+        arguments: Arguments of the command line; those of the process if ``None``.
+        mistakes: Errors that are reported in one line, with status 2.
+
+    Returns:
+        The exit status.
+    """
+    args = parser.parse_args(arguments)
+    try:
+        return run(args)
+    except mistakes as error:
+        parser.error(str(error))
 
 
 def one_line(message: str | Exception) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from detmix.cli.parser import Parser, at_least
+from detmix.cli.parser import Parser, at_least, run_command
 from detmix.training.files import write_json
 
 if TYPE_CHECKING:
@@ -61,27 +61,21 @@ def make_parser(prog: str | None = None) -> Parser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Predict on the images that the command line names.
-
-    Args:
-        arguments: Of the command line; those of the process by default.
-        prog: The name of the command in its help.
-
-    Returns:
-        The exit status.
-    """
-    parser = make_parser(prog)
-    args = parser.parse_args(arguments)
-    import torch
-
-    try:
-        return run(args)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        parser.error(error)
+    """Predict on the images that the command line names."""
+    return run_command(make_parser(prog), run, arguments)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predict, and return the exit status."""
+    import torch
+
+    try:
+        return _predict(args)
+    except torch.OutOfMemoryError as error:
+        raise OSError(str(error)) from error  # a mistake of the options, such as too large a batch
+
+
+def _predict(args: argparse.Namespace) -> int:
     from detmix.training.checkpoint import load_detector
     from detmix.training.predict import write_predictions
 
@@ -120,16 +114,9 @@ def run(args: argparse.Namespace) -> int:
 def _list_images(
     paths: Sequence[str], class_names: Sequence[str], output: Path, report: "Report"
 ) -> tuple["Record", "CocoFolder"]:
-    from detmix.datasets.coco.folder import CocoFolder
-    from detmix.training.predict import list_images, make_content
+    from detmix.training.predict import list_images, make_dataset
 
-    files = list_images(paths, leave_out=output)
-    content = make_content(files, class_names, report)
-    if not content["images"]:
-        raise ValueError(f"none of {len(files)} files can be read.")
-    file = (output / "images.json").absolute()
-    write_json(content, file)
-    return content, CocoFolder(content["info"]["images_folder"], file, ".", check_files=False)
+    return make_dataset(list_images(paths, leave_out=output), class_names, output / "images.json", report)
 
 
 def _read_annotations(folders: Sequence[str], annotations: str, class_names: tuple[str, ...]) -> "CocoFolder":

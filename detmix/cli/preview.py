@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from detmix.cli.config_parser import ConfigParser
+from detmix.cli.parser import run_command
 from detmix.mixing.plan import Mix
 from detmix.mixing.transform import MixUp
 from detmix.targets import Target
@@ -52,24 +54,17 @@ def make_parser(prog: str | None = None) -> ConfigParser:
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Draw a batch as the command line says.
-
-    Args:
-        arguments: Of the command line; those of the process by default.
-        prog: The name of the command in its help.
-
-    Returns:
-        The exit status.
-    """
+    """Draw a batch as the command line says."""
     parser = make_parser(prog)
-    config = parser.parse_args(arguments)
+    return run_command(parser, partial(run, parser), arguments)
+
+
+def run(parser: ConfigParser, config: Any) -> int:
+    """Draw, and return the exit status."""
     if config.seed_everything is not False:
         L.seed_everything(None if config.seed_everything is True else config.seed_everything, workers=True)
     picture = Path(config.output)
-    try:
-        draw(parser.instantiate_classes(config).data, config.num_images, config.replay, picture)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    draw(parser.instantiate_classes(config).data, config.num_images, config.replay, picture)
     sys.stdout.write(f"Drew {picture}; {picture.with_suffix('.json')} records the mixes\n")
     return 0
 

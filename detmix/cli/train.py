@@ -180,16 +180,8 @@ class ConfigCallback(SaveConfigCallback):
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Train or validate as the command line says; a mistake exits with one line.
-
-    Args:
-        arguments: Of the command line; those of the process by default.
-        prog: The name of the command in its help.
-
-    Returns:
-        The exit status.
-    """
-    DetectorCLI(args=arguments, parser_kwargs={"prog": prog, **DESCRIPTIONS})
+    """Train or validate as the command line says; a mistake exits with one line."""
+    DetectorCLI(args=arguments, parser_kwargs={} if prog is None else {"prog": prog})
     return 0
 
 

@@ -99,6 +99,30 @@ def make_content(files: Sequence[Path], class_names: Sequence[str], report: Repo
     return {"info": info, "images": images, "annotations": [], "categories": categories}
 
 
+def make_dataset(
+    files: Sequence[Path], class_names: Sequence[str], json_file: Path, report: Report
+) -> tuple[dict[str, Any], CocoFolder]:
+    """Write the content of `make_content` to a json file and open it as a dataset.
+
+    Args:
+        files: Image files.
+        class_names: Names of classes 1, 2, ...
+        json_file: File to write, whole or not at all.
+        report: Called with a message for each file that is no image.
+
+    Returns:
+        The content and the dataset.
+
+    Raises:
+        ValueError: if none of the files is an image.
+    """
+    content = make_content(files, class_names, report)
+    if not content["images"]:
+        raise ValueError(f"none of {len(files)} files can be read.")
+    write_json(content, json_file)
+    return content, CocoFolder(content["info"]["images_folder"], json_file.absolute(), ".", check_files=False)
+
+
 def predict(
     model: nn.Module,
     dataset: CocoFolder,
