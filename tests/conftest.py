@@ -11,6 +11,8 @@ from hypothesis import settings
 from torch.utils._pytree import tree_flatten
 from torchvision import tv_tensors
 
+from detmix.datasets.shapes import draw_shapes
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # processes side by side, with what they start, take a core each
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -63,6 +65,21 @@ def make_sample(
 def sample() -> Callable[..., tuple[torch.Tensor, dict[str, Any]]]:
     """The function ``sample(num_boxes, size, seed)``."""
     return make_sample
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """A folder with 8 drawn training images and 6 for validation, the last with a crowd."""
+    return draw_shapes(tmp_path_factory.mktemp("data") / "shapes", num_train=8, num_val=6)
+
+
+def draw_truncated(tmp_path, *names, num_train=8, num_val=6):
+    """A drawn set of its own for a test, some of whose images are cut short after a sound header."""
+    root = draw_shapes(tmp_path / "shapes", num_train=num_train, num_val=num_val)
+    for name in names:
+        path = root / "images" / f"{name}.png"
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return root
 
 
 def assert_same(actual: Any, expected: Any) -> None:

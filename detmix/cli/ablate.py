@@ -226,14 +226,14 @@ def _train(order: dict[str, Any]) -> int:
         finally:
             timer.write_text(json.dumps(before + time.monotonic() - start))
         data = order["data"]
-        root = data["data.root"]
-        files = {split: data.get(f"data.{split}_annotations") for split in ("val", "train")} | {"test": order["test"]}
-        datasets = {}
-        for split, file in files.items():
-            if file or split != "test":
-                images = data.get(f"data.{'train' if split == 'train' else 'val'}_images", "images")
-                given = file or f"annotations/instances_{split}.json"
-                datasets[split] = CocoFolder(root, given, images, crowd=True, masks=False, keypoints=False)
+        files = {split: data[f"data.{split}_annotations"] for split in ("val", "train")} | {"test": order["test"]}
+        datasets = {
+            split: CocoFolder(
+                data["data.root"], file, data["data.val_images"], crowd=True, masks=False, keypoints=False
+            )
+            for split, file in files.items()
+            if file is not None
+        }
         finish_run(folder / "run", datasets, json.loads(timer.read_text()), folder / RESULT)
     return 0
 

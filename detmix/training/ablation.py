@@ -220,11 +220,12 @@ def prepare_set(grid: Grid, name: str, roots: Mapping[str, str], work: Path) -> 
     if "shapes" in given:
         from detmix.datasets.shapes import draw_shapes
 
-        return {"data.root": str(Path(draw_shapes(work / "sets" / _slug(name), **given["shapes"])).absolute())}
-    if given.get("root") not in roots:
+        root = Path(draw_shapes(work / "sets" / _slug(name), **given["shapes"])).absolute()
+    elif given.get("root") in roots:
+        root = Path(roots[given["root"]]).absolute()
+    else:
         known = ", ".join(roots) or "none"
         raise ValueError(f"root of set {name!r} must be given as --root {given.get('root')}=FOLDER; given: {known}.")
-    root = Path(roots[given["root"]]).absolute()
     options = {"data.root": str(root)}
     images = given.get("images", "images")
     for split in ("train", "val"):

@@ -5,6 +5,7 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
 
 
 def fit_state(own: dict[str, Tensor], state: dict[str, Tensor], model: str, file: str) -> dict[str, Tensor]:
-    """Give the tensors of a file the names of a model. Where all names differ, order and shapes must agree.
+    """Give the tensors of a file the names of a model. Where names differ, order and shapes must agree.
 
     Raises:
         ValueError: If they do not. The message names what each side has.
@@ -198,20 +199,26 @@ def fit_state(own: dict[str, Tensor], state: dict[str, Tensor], model: str, file
         {'conv.weight': tensor([[1., 1., 1.],
                 [1., 1., 1.]])}
     """
-    shapes = [(name, tuple(value.shape)) for name, value in own.items()]
-    given = [(name, tuple(value.shape)) for name, value in state.items()]
-    if dict(shapes) == dict(given):
-        return state
-    told = file, model, len(given)
-    if own.keys() != state.keys() and [shape for _, shape in shapes] == [shape for _, shape in given]:
-        _log.warning("The tensors of %s have other names than those of %s. All %d fit in order and shape.", *told)
+    if own.keys() == state.keys():
+        state = {name: state[name] for name in own}
+    shapes, given = ([(name, tuple(value.shape)) for name, value in side.items()] for side in (own, state))
+    wrong = [
+        (place, mine, theirs)
+        for place, (mine, theirs) in enumerate(zip_longest(shapes, given, fillvalue=("nothing", None)))
+        if mine[1] != theirs[1] or (theirs[0] in own and theirs[0] != mine[0])  # a name that both know must stay
+    ]
+    if not wrong:
+        if own.keys() != state.keys():
+            told = file, model, len(given)
+            _log.warning("The tensors of %s have other names than those of %s. All %d fit in order and shape.", *told)
         return dict(zip(own, state.values(), strict=True))
-    place, mine, theirs = next(
-        (i, a, b)
-        for i, (a, b) in enumerate(zip([*shapes, ("nothing", ())], [*given, ("nothing", ())], strict=False))
-        if a[1] != b[1] or a == ("nothing", ()) or b == ("nothing", ()) or own.keys() == state.keys()
-    )
+    place, mine, theirs = wrong[0]
     raise ValueError(
-        f"weights {file} must fit {model}, but tensor {place} is {theirs[0]} {theirs[1]} in the file and {mine[0]} "
-        f"{mine[1]} in the model; the file has {len(given)} tensors and the model {len(shapes)}."
+        f"weights {file} must fit {model}, but tensor {place} is {_spell(theirs)} in the file and {_spell(mine)} in "
+        f"the model; the file has {len(given)} tensors and the model {len(shapes)}."
     )
+
+
+def _spell(tensor: tuple[str, tuple[int, ...] | None]) -> str:
+    name, shape = tensor
+    return name if shape is None else f"{name} {shape}"

@@ -1,11 +1,11 @@
 """Evaluate the last checkpoint of a run on several splits."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from detmix.datasets.coco.folder import CocoFolder
@@ -16,17 +16,16 @@ from detmix.training.metric import COCO_FIGURES, as_metric_input, make_metric
 from detmix.training.resume import find_last
 
 
-def evaluate(checkpoint: str | Path, dataset: CocoFolder) -> dict[str, float]:
-    """Compute COCO's box figures of a checkpoint on a dataset, image by image, on the CPU.
+def evaluate(model: nn.Module, dataset: CocoFolder) -> dict[str, float]:
+    """Compute COCO's box figures of a detector on a dataset, image by image, on the CPU.
 
     Args:
-        checkpoint: Checkpoint of a training. Its averaged weights are used if it has them.
+        model: Detector of torchvision, in eval mode.
         dataset: Images and their objects, crowd boxes included.
 
     Returns:
         COCO's twelve figures by COCO's names, such as ``"AP"`` and ``"AP50"``.
     """
-    model, _ = load_detector(checkpoint)
     metric = make_metric()
     with torch.inference_mode():
         for i in range(len(dataset)):
@@ -37,17 +36,17 @@ def evaluate(checkpoint: str | Path, dataset: CocoFolder) -> dict[str, float]:
     return {name: float(figures[key]) for name, key in COCO_FIGURES.items()}
 
 
-def finish_run(run_dir: Path, datasets: Mapping[str, CocoFolder], seconds: float, output: Path) -> dict[str, Any]:
-    """Evaluate the last checkpoint of a run and write its figures, whole or not at all.
+def finish_run(run_dir: Path, datasets: Mapping[str, CocoFolder], seconds: float, output: Path) -> None:
+    """Evaluate the last checkpoint of a run, with its averaged weights if it has them, and write the figures.
+
+    The file holds ``steps``, ``seconds``, ``curve`` (validation AP by step), and AP and AP50 of each split. It is
+    written whole or not at all.
 
     Args:
         run_dir: Folder of the run, which holds ``version_<n>``.
         datasets: Datasets by split: ``val``, ``train`` and perhaps ``test``.
         seconds: Time of the training.
         output: JSON file to write.
-
-    Returns:
-        ``steps``, ``seconds``, ``curve`` (validation AP by step), and AP and AP50 of each split.
 
     Raises:
         FileNotFoundError: If there is no checkpoint.
@@ -59,9 +58,9 @@ def finish_run(run_dir: Path, datasets: Mapping[str, CocoFolder], seconds: float
     figures: dict[str, Any] = {"steps": read_checkpoint(checkpoint)["global_step"], "seconds": round(seconds)}
     curve = read_curve(checkpoint.parent.parent / "metrics.csv")
     figures["curve"] = " ".join(f"{step}:{value:.4f}" for step, value in curve)
+    model, _ = load_detector(checkpoint)
     for split, dataset in datasets.items():
-        values = evaluate(checkpoint, dataset)
+        values = evaluate(model, dataset)
         prefix = "" if split == "val" else f"{split}_"
         figures |= {f"{prefix}{name}": f"{values[name]:.4f}" for name in ("AP", "AP50")}
     write_json(figures, output)
-    return json.loads(output.read_text())  # type: ignore[no-any-return]

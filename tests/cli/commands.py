@@ -6,7 +6,6 @@ import pytest
 
 from detmix.cli import preview as preview_command
 from detmix.cli.train import DetectorCLI
-from detmix.datasets.shapes import draw_shapes
 from tests.training.narrow import FEW
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -26,12 +25,3 @@ def failure(monkeypatch, capsys, line, tool="train.py"):
         command(monkeypatch, tool, line)
     assert exit_info.value.code == 2
     return capsys.readouterr().err.strip().split("error: ")[-1]
-
-
-def truncated(tmp_path, *names, num_train=8, num_val=6):
-    """A set some of whose images are cut short after a sound header."""
-    root = draw_shapes(tmp_path / "shapes", num_train=num_train, num_val=num_val)
-    for name in names:
-        path = root / "images" / f"{name}.png"
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return root

@@ -6,7 +6,8 @@ import pytest
 
 from detmix.cli.train import NOISE
 from detmix.training.records import read_record
-from tests.cli.commands import DEMO, command, failure, truncated
+from tests.cli.commands import DEMO, command, failure
+from tests.conftest import draw_truncated
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE),
@@ -112,7 +113,7 @@ def test_a_mistake_in_a_replay_is_one_line(record, message, shapes, monkeypatch,
 
 
 def test_a_preview_leaves_out_or_names_what_cannot_be_read(monkeypatch, tmp_path, capsys):
-    root = truncated(tmp_path, "train_00001", num_train=2)
+    root = draw_truncated(tmp_path, "train_00001", num_train=2)
     line = f"--config {DEMO} --data.root {root} --num_images 2 --output {tmp_path / 'preview.png'}"
     said = failure(monkeypatch, capsys, line, "preview.py")
     assert re.fullmatch(r".*train_00001.png cannot be decoded: .+", said)
@@ -127,7 +128,7 @@ def test_a_preview_leaves_out_or_names_what_cannot_be_read(monkeypatch, tmp_path
 
 
 def test_a_preview_of_nothing_that_can_be_read_is_one_line(monkeypatch, tmp_path, capsys):
-    root = truncated(tmp_path, "train_00000", num_train=1)
+    root = draw_truncated(tmp_path, "train_00000", num_train=1)
     line = f"--config {DEMO} --data.root {root} --num_images 1 --data.unreadable skip --output {tmp_path / 'p.png'}"
     with pytest.warns(UserWarning, match="image 1 is skipped"):
         said = failure(monkeypatch, capsys, line, "preview.py")

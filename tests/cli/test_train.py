@@ -17,7 +17,8 @@ from detmix.cli.train import NOISE, DetectorCLI
 from detmix.training.build import build_detector
 from detmix.training.module import COCO_FIGURES, DetectorModule
 from detmix.training.records import read_record
-from tests.cli.commands import CONFIGS, DEMO, QUICK, SMALL, command, failure, truncated
+from tests.cli.commands import CONFIGS, DEMO, QUICK, SMALL, command, failure
+from tests.conftest import draw_truncated
 
 pytestmark = [
     *(pytest.mark.filterwarnings(f"ignore:{message}") for message in NOISE),
@@ -219,7 +220,7 @@ def fit(monkeypatch, root, run_dir, options):
 def test_a_run_goes_on_without_unreadable_images_and_names_each_once(
     names, summary, monkeypatch, tmp_path, recwarn, capsys
 ):
-    root = truncated(tmp_path, *names)
+    root = draw_truncated(tmp_path, *names)
     warnings.filterwarnings("always", "image .* is skipped")
     cli = fit(monkeypatch, root, tmp_path / "runs", "--data.unreadable skip")
     assert cli.trainer.global_step == 4
@@ -234,7 +235,7 @@ def test_a_run_goes_on_without_unreadable_images_and_names_each_once(
 
 def test_batches_without_a_readable_image_do_not_end_a_run(monkeypatch, tmp_path, capsys):
     names = ["train_00000", "train_00001", "val_00000"]
-    root = truncated(tmp_path, *names, num_train=2, num_val=2)
+    root = draw_truncated(tmp_path, *names, num_train=2, num_val=2)
     with pytest.warns(UserWarning, match=r"image . is skipped") as said:
         cli = fit(monkeypatch, root, tmp_path / "runs", "--data.unreadable skip --data.batch_size 1")
     assert len([warning for warning in said if "is skipped" in str(warning.message)]) == 3
@@ -247,7 +248,7 @@ def test_batches_without_a_readable_image_do_not_end_a_run(monkeypatch, tmp_path
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_image_ends_a_run_with_one_line_by_default(num_workers, monkeypatch, tmp_path, capsys):
-    root = truncated(tmp_path, "train_00001")
+    root = draw_truncated(tmp_path, "train_00001")
     with pytest.raises(SystemExit) as exit_info:
         fit(monkeypatch, root, tmp_path / "runs", f"--data.num_workers {num_workers}")
     name = re.escape(str(root / "images/train_00001.png"))

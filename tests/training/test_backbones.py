@@ -171,3 +171,17 @@ def test_a_detector_on_a_backbone_of_timm_exports_and_predicts(shapes, tmp_path)
     dataset = CocoFolder(shapes, "annotations/instances_val.json")
     assert write_predictions(model, dataset, tmp_path, print, pictures=False) == list(dataset.image_ids)
     assert (tmp_path / "predictions.json").stat().st_size > 100
+
+
+def test_the_tensor_that_does_not_fit_is_the_one_that_is_named():
+    own = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)}
+    with pytest.raises(ValueError, match=r"tensor 1 is b \(5,\) in the file and b \(3,\) in the model"):
+        fit_state(own, {"c": torch.zeros(4), "b": torch.zeros(5), "a": torch.zeros(2)}, "a model", "a.pth")
+    with pytest.raises(ValueError, match=r"tensor 2 is nothing in the file and c \(4,\) in the model"):
+        fit_state(own, {"x": torch.zeros(2), "y": torch.zeros(3)}, "a model", "a.pth")
+
+
+def test_a_name_that_both_know_never_goes_to_another_tensor():
+    own, state = {"a": torch.zeros(2), "b": torch.zeros(2)}, {"b": torch.zeros(2), "c": torch.zeros(2)}
+    with pytest.raises(ValueError, match=r"tensor 0 is b \(2,\) in the file and a \(2,\) in the model"):
+        fit_state(own, state, "a model", "a.pth")

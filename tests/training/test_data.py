@@ -9,9 +9,8 @@ import torch
 
 from detmix import MixUp
 from detmix.datasets.coco.folder import CocoFolder
-from detmix.datasets.shapes import draw_shapes
 from detmix.training.data import DetectionData
-from tests.conftest import assert_same
+from tests.conftest import assert_same, draw_truncated
 
 
 def make_trainer(epoch=0, start=0, world_size=1, rank=0, training=True):
@@ -33,15 +32,6 @@ def make(shapes, **options):
     data = DetectionData(str(shapes), **{"batch_size": 4, "num_workers": 0, **options})
     data.setup("fit")
     return data
-
-
-def drawn(tmp_path, *truncated, num_train=8, num_val=7):
-    """A set of its own for a test, some of whose images are cut short after a sound header."""
-    root = draw_shapes(tmp_path / "shapes", num_train=num_train, num_val=num_val)
-    for name in truncated:
-        path = root / "images" / f"{name}.png"
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    return root
 
 
 def ids(batches):
@@ -122,7 +112,7 @@ def test_a_label_out_of_range_is_named_before_it_reaches_the_device(shapes):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_unreadable_images_are_left_out_named_once_and_counted_by_split(num_workers, tmp_path, recwarn):
-    root = drawn(tmp_path, "train_00001", "val_00001", "val_00006")
+    root = draw_truncated(tmp_path, "train_00001", "val_00001", "val_00006", num_val=7)
     data = make(root, num_workers=num_workers, unreadable="skip", batch_size=8, mixup=MixUp(p=1.0))
     warnings.simplefilter("always")
     for _ in range(2):
@@ -143,13 +133,15 @@ def test_unreadable_images_are_left_out_named_once_and_counted_by_split(num_work
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_unreadable_image_is_an_error_by_default(num_workers, tmp_path):
-    data = make(drawn(tmp_path, "train_00001"), num_workers=num_workers, batch_size=8)
+    data = make(draw_truncated(tmp_path, "train_00001", num_val=7), num_workers=num_workers, batch_size=8)
     with pytest.raises(OSError, match=r"train_00001.png cannot be decoded"):
         next(iter(data.train_dataloader()))
 
 
 def test_a_batch_of_unreadable_images_is_an_empty_one(tmp_path):
-    data = make(drawn(tmp_path, "val_00000", "val_00001"), batch_size=2, unreadable="skip", mixup=MixUp())
+    data = make(
+        draw_truncated(tmp_path, "val_00000", "val_00001", num_val=7), batch_size=2, unreadable="skip", mixup=MixUp()
+    )
     batch = next(iter(data.val_dataloader()))
     for training in (True, False):
         data.skipped = {("train", 1), ("train", 2), ("val", 1), ("val", 2)}
@@ -157,7 +149,7 @@ def test_a_batch_of_unreadable_images_is_an_empty_one(tmp_path):
 
 
 def test_one_image_left_of_a_batch_is_not_mixed(tmp_path):
-    data = make(drawn(tmp_path, "val_00001"), batch_size=2, unreadable="skip", mixup=MixUp(p=1.0))
+    data = make(draw_truncated(tmp_path, "val_00001", num_val=7), batch_size=2, unreadable="skip", mixup=MixUp(p=1.0))
     data.skipped = {("train", 2)}
     (stored, _), _ = batch = next(iter(data.val_dataloader()))
     (image,), (target,) = on_device(data, batch)
@@ -200,7 +192,7 @@ def shares(root, loader, world_size, **options):
 
 
 def test_ranks_share_out_the_training_set_but_for_the_remainder(tmp_path):
-    root = drawn(tmp_path, num_train=11)
+    root = draw_truncated(tmp_path, num_train=11, num_val=7)
     first, second = shares(root, "train_dataloader", 2, batch_size=2)
     assert [len(batch) for batch in first + second] == [2] * 4  # 5 of 11 images each, in whole batches
     seen = [image_id for batch in first + second for image_id in batch]
@@ -229,7 +221,7 @@ def test_ranks_draw_other_mixes(shapes):
     ],
 )
 def test_ranks_validate_whole_batches_in_order_each_image_once(world_size, expected, tmp_path):
-    assert shares(drawn(tmp_path), "val_dataloader", world_size, batch_size=2) == expected
+    assert shares(draw_truncated(tmp_path, num_val=7), "val_dataloader", world_size, batch_size=2) == expected
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
