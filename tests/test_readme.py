@@ -16,7 +16,12 @@ from tests.conftest import assert_same, make_sample
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCKS = [
+    (page.name, block)
+    for page in PAGES
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+]
 
 
 @pytest.fixture
@@ -47,9 +52,9 @@ def tiny_detr():
     return DetrForObjectDetection(config)
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_examples_run(number, names):
-    exec(compile(BLOCKS[number], f"README example {number}", "exec"), names)
+@pytest.mark.parametrize(("page", "block"), BLOCKS)
+def test_the_examples_run(page, block, names):
+    exec(compile(block, f"example of {page}", "exec"), names)
     if "losses" in names:
         assert all(torch.isfinite(loss) for loss in names["losses"].values())
     if "loss" in names:
@@ -95,7 +100,7 @@ def test_every_config_it_names_is_there():
 
 
 def test_the_ratios_that_are_quoted_are_those_of_a_run_that_is_kept():
-    speed = README.partition("\n## Speed\n")[2].partition("\n## ")[0]
+    speed = (ROOT / "docs/speed.md").read_text()
     (name,) = re.findall(r"`(benchmarks/[\w.-]+\.json)`", speed)
     kept = {
         (
@@ -113,3 +118,18 @@ def test_the_ratios_that_are_quoted_are_those_of_a_run_that_is_kept():
     assert len(quoted) > 10
     for *what, ratio in quoted:
         assert kept[tuple(what)] == ratio, what
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], target
+
+
+def test_the_first_page_is_short():
+    assert len(README.splitlines()) <= 150

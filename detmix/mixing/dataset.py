@@ -24,7 +24,7 @@ class MixUpDataset(Dataset[Sample]):
 
     For your own training loop. It loads two samples for each one that it mixes. With ``p=0.5`` a loader of JPEGs
     without further augmentation gave 0.50 to 0.73 times the images per second. `MixUp` on the batch loads one image per
-    sample and gave 0.83 to 1.38 times (see "Speed" in the README). Iterable datasets cannot be wrapped; mix their
+    sample and gave 0.83 to 1.38 times (see ``docs/speed.md``). Iterable datasets cannot be wrapped; mix their
     batches.
 
     Without a seed the draws follow torch's generator, which a `DataLoader` seeds anew in each worker and epoch. With
