@@ -5,11 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from detmix import functional
-    from detmix.losses import WeightedCriterion, match_weights, weight_losses, weighted
+    from detmix.losses import WeightedCriterion, check_weighting, match_weights, weight_losses, weighted
     from detmix.mixing.dataset import MixUpDataset
     from detmix.mixing.transform import MixUp
 
-__all__ = ["MixUp", "MixUpDataset", "WeightedCriterion", "functional", "match_weights", "weight_losses", "weighted"]
+__all__ = [
+    "MixUp",
+    "MixUpDataset",
+    "WeightedCriterion",
+    "check_weighting",
+    "functional",
+    "match_weights",
+    "weight_losses",
+    "weighted",
+]
 
 __version__ = "0.1.0"
 
@@ -17,6 +26,7 @@ _MODULES = {
     "MixUp": "detmix.mixing.transform",
     "MixUpDataset": "detmix.mixing.dataset",
     "WeightedCriterion": "detmix.losses",
+    "check_weighting": "detmix.losses",
     "match_weights": "detmix.losses",
     "weight_losses": "detmix.losses",
     "weighted": "detmix.losses",

@@ -152,10 +152,15 @@ def labels(weights=None, counts=COUNTS):
     return made
 
 
+def inputs(model, labels):
+    """Noise with labels, as the model takes them."""
+    made = {"pixel_values": torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2)), "labels": labels}
+    if "Grounding" in type(model).__name__:  # as many phrases as classes, of one token or two
+        made["input_ids"] = torch.tensor([[101, 5, 1012, 6, 7, 1012, 8, 1012, 9, 1012, 102]]).repeat(3, 1)
+    return made
+
+
 def forward(model, *label_args):
     """The model's output on noise, with the labels above, every draw of its own the same at each call."""
     torch.manual_seed(5)
-    inputs = {"pixel_values": torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(2))}
-    if "Grounding" in type(model).__name__:  # as many phrases as classes, of one token or two
-        inputs["input_ids"] = torch.tensor([[101, 5, 1012, 6, 7, 1012, 8, 1012, 9, 1012, 102]]).repeat(3, 1)
-    return model(labels=labels(*label_args), **inputs)
+    return model(**inputs(model, labels(*label_args)))
