@@ -26,6 +26,7 @@ NOISE = (
     "Checkpoint directory .* exists and is not empty",  # a resumed run's is not
     "The dirpath has changed from",  # a checkpoint of one run can start another
     r"\s*Dump of a value that does not round-trip",  # tuples are lists in the saved config
+    r"Found \d+ module\(s\) in eval mode at the start of training",  # frozen batch norms
     "You're resuming from a checkpoint that ended before the epoch ended",  # the sampler resumes where it stopped
 )
 """Patterns of warnings that a user can do nothing about."""

@@ -103,7 +103,7 @@ class DetectorModule(L.LightningModule):
         self._freeze(freeze)
         if freeze_batch_norm:
             for norm in self._batch_norms():
-                norm.requires_grad_(False)
+                norm.requires_grad_(False).eval()  # Lightning leaves modes as they are when it starts
         if weighted:
             weight_losses(self.model)
         self.skipped = 0

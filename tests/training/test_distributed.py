@@ -129,3 +129,25 @@ def test_two_processes_go_on_where_they_were_stopped(pair, shapes, tmp_path):
     )
     assert found["global_step"] == wanted["global_step"] == 8
     assert all(torch.equal(found["state_dict"][name], value) for name, value in wanted["state_dict"].items())
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_backbone_of_timm_and_go_on_where_they_were_stopped(shapes, tmp_path):
+    backbone = "--model.backbone timm/tf_efficientnet_lite0 --model.trainable_layers 2 --model.freeze_batch_norm true"
+    options = f"{OPTIONS} {PAIR} {backbone} --data.root {shapes} --trainer.max_epochs 1 --last.every_n_steps 2"
+    run(["fit", *f"{options} --run_dir {tmp_path}/whole".split()], processes=2)
+    options = f"{options} --run_dir {tmp_path}/stopped --ckpt_path last".split()
+    stopper = ["--trainer.callbacks+=tests.training.recording.Stopper", "--trainer.callbacks.step", "2"]
+    run(["fit", *options, *stopper], processes=2, succeeds=False)
+    assert "Resuming from" in run(["fit", *options], processes=2)
+    found, wanted = (
+        torch.load(tmp_path / name / "version_0/checkpoints/last.ckpt", weights_only=True)
+        for name in ("stopped", "whole")
+    )
+    assert found["global_step"] == wanted["global_step"] == 4
+    assert all(torch.equal(found["state_dict"][name], value) for name, value in wanted["state_dict"].items())
+    start = build_detector("FasterRCNN", 4, backbone="timm/tf_efficientnet_lite0", fpn_channels=32)
+    frozen = {name for name in start.backbone.body.state_dict() if name.startswith(("conv_stem", "blocks.0"))}
+    assert frozen
+    moved = [name for name, value in wanted["state_dict"].items() if "running" in name and (value != value[0]).any()]
+    assert not moved  # the statistics of frozen norms
