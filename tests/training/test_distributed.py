@@ -133,7 +133,7 @@ def test_two_processes_go_on_where_they_were_stopped(pair, shapes, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_on_a_backbone_of_timm_and_go_on_where_they_were_stopped(shapes, tmp_path):
-    backbone = "--model.backbone timm/tf_efficientnet_lite0 --model.trainable_layers 2 --model.freeze_batch_norm true"
+    backbone = "--model.backbone timm/mobilenetv3_small_050 --model.trainable_layers 2 --model.freeze_batch_norm true"
     options = f"{OPTIONS} {PAIR} {backbone} --data.root {shapes} --trainer.max_epochs 1 --last.every_n_steps 2"
     run(["fit", *f"{options} --run_dir {tmp_path}/whole".split()], processes=2)
     options = f"{options} --run_dir {tmp_path}/stopped --ckpt_path last".split()
@@ -146,7 +146,7 @@ def test_two_processes_train_on_a_backbone_of_timm_and_go_on_where_they_were_sto
     )
     assert found["global_step"] == wanted["global_step"] == 4
     assert all(torch.equal(found["state_dict"][name], value) for name, value in wanted["state_dict"].items())
-    start = build_detector("FasterRCNN", 4, backbone="timm/tf_efficientnet_lite0", fpn_channels=32)
+    start = build_detector("FasterRCNN", 4, backbone="timm/mobilenetv3_small_050", fpn_channels=32)
     frozen = {name for name in start.backbone.body.state_dict() if name.startswith(("conv_stem", "blocks.0"))}
     assert frozen
     moved = [name for name, value in wanted["state_dict"].items() if "running" in name and (value != value[0]).any()]
