@@ -167,7 +167,7 @@ class Scheduler:
                 stdout=log,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which asks the runs to save
+                process_group=0,  # Ctrl-C reaches this process alone, which asks the runs to save
             )
         self.running[process] = run
         _say(f"{_name(run)} starts")
