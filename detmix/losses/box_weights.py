@@ -91,6 +91,7 @@ class CheckedTargets(list[Target]):
         super().__init__(targets)
         self.weights = weights
         self.matched: tuple[Any, Rows] | None = None  # the last indices, and the weights of the rows
+        self.outputs: tuple[Any, dict[str, Any]] | None = None  # the last indices and outputs, and what carries weights
 
 
 def weigh_targets(

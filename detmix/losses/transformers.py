@@ -82,7 +82,11 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function that computes each result row from one row of its first argument run as one operation."""
 
     def call(x: Tensor, *args: Any) -> Any:
-        if type(x) is not WeightedTensor or x.rows.dims[-1] is not None or WeightedTensor in map(type, args):
+        if (
+            type(x) is not WeightedTensor
+            or x.rows.dims[-1] is not None
+            or any(isinstance(a, WeightedTensor) for a in args)
+        ):
             return function(x, *args)
         with DisableTorchFunctionSubclass():
             return tree_map(lambda out: carry(out, x.rows), function(x, *args))
