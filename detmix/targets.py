@@ -40,6 +40,7 @@ def check_target(
     where: str,
     image: Tensor | None = None,
     num_classes: int | None = None,
+    first_class: int | None = 1,
 ) -> None:
     """Check that a target can be mixed and trained on.
 
@@ -50,8 +51,8 @@ def check_target(
         where: Name of the target in error messages, such as ``"target 3"``.
         image: Image ``(C, H, W)`` of the target. Masks and `tv_tensors` must have its size; boxes and labels must be on
             its device. With ``None``, boxes and labels must be on one device.
-        num_classes: Number of classes, background (class 0) included. Labels must lie in 1..num_classes - 1. ``None``
-            accepts any labels.
+        num_classes: Number of classes. Labels must lie in first_class..num_classes - 1. ``None`` accepts any labels.
+        first_class: Lowest label: 1 where class 0 is the background; ``None`` if any lower label is accepted.
 
     Raises:
         ValueError: If a value does not fit. The message names the target, the key, the value and what was expected.
@@ -64,7 +65,7 @@ def check_target(
         ValueError: box 0 of target 0 must be finite, but it is [0.0, 0.0, 4.0, nan].
     """
     readable = _check_form(target, where, image)
-    _check_values({} if readable is None else {where: readable}, num_classes)
+    _check_values({} if readable is None else {where: readable}, num_classes, first_class)
 
 
 def check_batch(
@@ -148,18 +149,26 @@ def _check_sizes(target: dict[str, Any], image: Tensor, where: str) -> None:
             raise ValueError(f"{key} of {where} are on a canvas of {tuple(canvas)}, but its image is {size_of(image)}.")
 
 
-def _check_values(readable: Mapping[str, tuple[Tensor, Any]], num_classes: int | None) -> None:
+def _check_values(
+    readable: Mapping[str, tuple[Tensor, Any]], num_classes: int | None, first_class: int | None = 1
+) -> None:
     if not _are_finite([boxes for boxes, _ in readable.values()]):
         for name, (boxes, _) in readable.items():
             for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
                 raise ValueError(f"box {row} of {name} must be finite, but it is {boxes[row].tolist()}.")
+    lowest = -math.inf if first_class is None else first_class
     for name, (_, labels) in readable.items():
-        if num_classes is None or labels is None or 1 <= labels.amin() <= labels.amax() < num_classes:
+        if (
+            num_classes is None
+            or not isinstance(labels, Tensor)
+            or lowest <= labels.amin() <= labels.amax() < num_classes
+        ):
             continue
-        for row in ((labels < 1) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
+        for row in ((labels < lowest) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
+            first = "" if first_class is None else f"from {first_class} "
             raise ValueError(
-                f"label {row} of {name} must be a class from 1 to {num_classes - 1} (0 is background), "
-                f"but it is {labels[row].item()}."
+                f"label {row} of {name} must be a class {first}to {num_classes - 1}"
+                f"{' (0 is background)' if first_class == 1 else ''}, but it is {labels[row].item()}."
             )
 
 

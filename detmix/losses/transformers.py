@@ -110,3 +110,13 @@ def is_transformers_detector(module: nn.Module) -> bool:
         return False
     function: Any = module.loss_function
     return isinstance(function, WeightedLossFunction) or bool(weighted_criteria(function))
+
+
+def is_weighted_function(function: Any) -> bool:
+    """Tell whether a loss function uses weights: a `WeightedLossFunction`, or one that names a `WeightedCriterion`."""
+    if isinstance(function, WeightedLossFunction):
+        return True
+    if not isinstance(function, FunctionType):
+        return False
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return any(isinstance(cls, type) and issubclass(cls, WeightedCriterion) for cls in named)
