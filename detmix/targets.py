@@ -1,8 +1,9 @@
 """Say what a target is: its keys, its types and how it is checked.
 
-A target is a dict of what is annotated in one image, as torchvision's detectors take it. Some keys hold one entry per
-box. ``target["weights"]`` is one of them: float32 ``(num_boxes,)``, how much the loss of each box counts. Mixing writes
-it and the losses read it. This module is all that the two share.
+A target is a dict of what is annotated in one image, as torchvision's detectors take it, or any other mapping, such as
+the ``BatchFeature`` of transformers. Some keys hold one entry per box. ``target["weights"]`` is one of them: float32
+``(num_boxes,)``, how much the loss of each box counts. Mixing writes it and the losses read it. This module is all that
+the two share.
 """
 
 import math
@@ -23,7 +24,7 @@ Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
 
 BOX_KEYS = frozenset(
     (
-        *("boxes", "labels", "weights", "source"),
+        *("boxes", "labels", "class_labels", "weights", "source"),  # class_labels: those of transformers
         *("masks", "keypoints", "area", "iscrowd"),  # what torchvision's detectors and COCO evaluation read
         *("bbox", "category_id", "id", "segmentation", "num_keypoints"),  # COCO's own, by torchvision's CocoDetection
         *("difficult", "truncated", "occluded"),  # VOC's and KITTI's
@@ -35,7 +36,7 @@ BOX_KEYS = frozenset(
 
 
 def check_target(
-    target: dict[str, Any],
+    target: Mapping[str, Any],
     *,
     where: str,
     image: Tensor | None = None,
@@ -56,7 +57,7 @@ def check_target(
 
     Raises:
         ValueError: If a value does not fit. The message names the target, the key, the value and what was expected.
-        TypeError: If the target is not a dict or its boxes are not a tensor.
+        TypeError: If the target is not a mapping or its boxes are not a tensor.
 
     Example:
         >>> import torch
@@ -70,7 +71,7 @@ def check_target(
 
 def check_batch(
     images: Tensor | Sequence[Tensor],
-    targets: Sequence[dict[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
     num_classes: int | None = None,
     *,
     where: str = "target",
@@ -111,9 +112,9 @@ def check_batch(
     _check_values(readable, num_classes)
 
 
-def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
+def _check_form(target: Mapping[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
     """Check everything but values. Return the boxes and labels whose values can be read without waiting for a GPU."""
-    if not isinstance(target, dict):
+    if not isinstance(target, Mapping):
         raise TypeError(f"{where} must be a dict with 'boxes', but it is a {type(target).__name__}.")
     if "boxes" not in target:
         raise ValueError(f"{where} must hold 'boxes', but it holds {sorted(target)}.")
@@ -124,10 +125,13 @@ def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tup
     shape = boxes.shape
     if len(shape) != 2 and shape[:1] != (0,):
         raise ValueError(f"boxes of {where} must have shape (num_boxes, 4), but have {tuple(shape)}.")
-    if labels is not None and count_entries(labels) != shape[0]:
-        raise ValueError(
-            f"labels of {where} must have one entry for each of the {shape[0]} boxes, but have {count_entries(labels)}."
-        )
+    for key in ("labels", "class_labels"):
+        given = target.get(key)
+        if given is not None and count_entries(given) != shape[0]:
+            raise ValueError(
+                f"{key} of {where} must have one entry for each of the {shape[0]} boxes, but have "
+                f"{count_entries(given)}."
+            )
     owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
     if boxes.device != device:
         raise ValueError(f"boxes of {where} must be on the device of {owner}, {device}, but are on {boxes.device}.")
@@ -138,7 +142,7 @@ def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tup
     return (boxes, labels) if boxes.is_cpu and shape[0] else None
 
 
-def _check_sizes(target: dict[str, Any], image: Tensor, where: str) -> None:
+def _check_sizes(target: Mapping[str, Any], image: Tensor, where: str) -> None:
     for key, value in target.items():
         if type(value) is Tensor and key != "masks":
             continue
