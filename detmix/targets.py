@@ -183,7 +183,7 @@ def _are_finite(boxes: list[Tensor]) -> bool:
     return not boxes or math.isfinite(torch.cat(boxes).sum().item())
 
 
-def annotated(image: Tensor, target: Target) -> Target:
+def annotated(image: Tensor, target: Any) -> Any:
     """Add empty boxes and labels to a target without annotations, and return any other target as it is."""
     if not isinstance(target, Mapping) or "boxes" in target or any(map(_has_content, target.values())):
         return target

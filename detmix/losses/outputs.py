@@ -94,7 +94,9 @@ def count_queries(outputs: Any, batch: int, constants: Collection[str]) -> int |
     return counts.pop() if counts else None
 
 
-def weigh_outputs(outputs: Any, batch: int, queries: int | None, rows: Rows | None, constants: Collection[str]) -> Any:
+def weigh_outputs(
+    outputs: Any, batch: int, queries: int | None, rows: Rows | None, constants: Collection[str]
+) -> dict[str, Any]:
     """Return what replaces outputs by name: predictions with ``rows``, and `UnweightedOutput` for other ones.
 
     A nested mapping without predictions of a known name is part of a prediction. A list, and a mapping with such
