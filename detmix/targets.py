@@ -1,8 +1,9 @@
 """Say what a target is: its keys, its types and how it is checked.
 
-A target is a dict of what is annotated in one image, as torchvision's detectors take it. Some keys hold one entry per
-box. ``target["weights"]`` is one of them: float32 ``(num_boxes,)``, how much the loss of each box counts. Mixing writes
-it and the losses read it. This module is all that the two share.
+A target is a dict of what is annotated in one image, as torchvision's detectors take it, or any other mapping, such as
+the ``BatchFeature`` of transformers. Some keys hold one entry per box. ``target["weights"]`` is one of them: float32
+``(num_boxes,)``, how much the loss of each box counts. Mixing writes it and the losses read it. This module is all that
+the two share.
 """
 
 import math
@@ -23,7 +24,7 @@ Batch = tuple[Tensor | Sequence[Tensor], Sequence[Target]]
 
 BOX_KEYS = frozenset(
     (
-        *("boxes", "labels", "weights", "source"),
+        *("boxes", "labels", "class_labels", "weights", "source"),  # class_labels: those of transformers
         *("masks", "keypoints", "area", "iscrowd"),  # what torchvision's detectors and COCO evaluation read
         *("bbox", "category_id", "id", "segmentation", "num_keypoints"),  # COCO's own, by torchvision's CocoDetection
         *("difficult", "truncated", "occluded"),  # VOC's and KITTI's
@@ -35,11 +36,12 @@ BOX_KEYS = frozenset(
 
 
 def check_target(
-    target: dict[str, Any],
+    target: Mapping[str, Any],
     *,
     where: str,
     image: Tensor | None = None,
     num_classes: int | None = None,
+    first_class: int | None = 1,
 ) -> None:
     """Check that a target can be mixed and trained on.
 
@@ -50,12 +52,12 @@ def check_target(
         where: Name of the target in error messages, such as ``"target 3"``.
         image: Image ``(C, H, W)`` of the target. Masks and `tv_tensors` must have its size; boxes and labels must be on
             its device. With ``None``, boxes and labels must be on one device.
-        num_classes: Number of classes, background (class 0) included. Labels must lie in 1..num_classes - 1. ``None``
-            accepts any labels.
+        num_classes: Number of classes. Labels must lie in first_class..num_classes - 1. ``None`` accepts any labels.
+        first_class: Lowest label: 1 where class 0 is the background; ``None`` if any lower label is accepted.
 
     Raises:
         ValueError: If a value does not fit. The message names the target, the key, the value and what was expected.
-        TypeError: If the target is not a dict or its boxes are not a tensor.
+        TypeError: If the target is not a mapping or its boxes are not a tensor.
 
     Example:
         >>> import torch
@@ -64,12 +66,12 @@ def check_target(
         ValueError: box 0 of target 0 must be finite, but it is [0.0, 0.0, 4.0, nan].
     """
     readable = _check_form(target, where, image)
-    _check_values({} if readable is None else {where: readable}, num_classes)
+    _check_values({} if readable is None else {where: readable}, num_classes, first_class)
 
 
 def check_batch(
     images: Tensor | Sequence[Tensor],
-    targets: Sequence[dict[str, Any]],
+    targets: Sequence[Mapping[str, Any]],
     num_classes: int | None = None,
     *,
     where: str = "target",
@@ -110,9 +112,9 @@ def check_batch(
     _check_values(readable, num_classes)
 
 
-def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
+def _check_form(target: Mapping[str, Any], where: str, image: Tensor | None) -> tuple[Tensor, Any] | None:
     """Check everything but values. Return the boxes and labels whose values can be read without waiting for a GPU."""
-    if not isinstance(target, dict):
+    if not isinstance(target, Mapping):
         raise TypeError(f"{where} must be a dict with 'boxes', but it is a {type(target).__name__}.")
     if "boxes" not in target:
         raise ValueError(f"{where} must hold 'boxes', but it holds {sorted(target)}.")
@@ -123,10 +125,13 @@ def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tup
     shape = boxes.shape
     if len(shape) != 2 and shape[:1] != (0,):
         raise ValueError(f"boxes of {where} must have shape (num_boxes, 4), but have {tuple(shape)}.")
-    if labels is not None and count_entries(labels) != shape[0]:
-        raise ValueError(
-            f"labels of {where} must have one entry for each of the {shape[0]} boxes, but have {count_entries(labels)}."
-        )
+    for key in ("labels", "class_labels"):
+        given = target.get(key)
+        if given is not None and count_entries(given) != shape[0]:
+            raise ValueError(
+                f"{key} of {where} must have one entry for each of the {shape[0]} boxes, but have "
+                f"{count_entries(given)}."
+            )
     owner, device = ("its boxes", boxes.device) if image is None else ("its image", image.device)
     if boxes.device != device:
         raise ValueError(f"boxes of {where} must be on the device of {owner}, {device}, but are on {boxes.device}.")
@@ -137,7 +142,7 @@ def _check_form(target: dict[str, Any], where: str, image: Tensor | None) -> tup
     return (boxes, labels) if boxes.is_cpu and shape[0] else None
 
 
-def _check_sizes(target: dict[str, Any], image: Tensor, where: str) -> None:
+def _check_sizes(target: Mapping[str, Any], image: Tensor, where: str) -> None:
     for key, value in target.items():
         if type(value) is Tensor and key != "masks":
             continue
@@ -148,18 +153,26 @@ def _check_sizes(target: dict[str, Any], image: Tensor, where: str) -> None:
             raise ValueError(f"{key} of {where} are on a canvas of {tuple(canvas)}, but its image is {size_of(image)}.")
 
 
-def _check_values(readable: Mapping[str, tuple[Tensor, Any]], num_classes: int | None) -> None:
+def _check_values(
+    readable: Mapping[str, tuple[Tensor, Any]], num_classes: int | None, first_class: int | None = 1
+) -> None:
     if not _are_finite([boxes for boxes, _ in readable.values()]):
         for name, (boxes, _) in readable.items():
             for row in (~boxes.isfinite().all(-1)).nonzero()[:1, 0].tolist():
                 raise ValueError(f"box {row} of {name} must be finite, but it is {boxes[row].tolist()}.")
+    lowest = -math.inf if first_class is None else first_class
     for name, (_, labels) in readable.items():
-        if num_classes is None or labels is None or 1 <= labels.amin() <= labels.amax() < num_classes:
+        if (
+            num_classes is None
+            or not isinstance(labels, Tensor)
+            or lowest <= labels.amin() <= labels.amax() < num_classes
+        ):
             continue
-        for row in ((labels < 1) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
+        for row in ((labels < lowest) | (labels >= num_classes)).nonzero()[:1, 0].tolist():
+            first = "" if first_class is None else f"from {first_class} "
             raise ValueError(
-                f"label {row} of {name} must be a class from 1 to {num_classes - 1} (0 is background), "
-                f"but it is {labels[row].item()}."
+                f"label {row} of {name} must be a class {first}to {num_classes - 1}"
+                f"{' (0 is background)' if first_class == 1 else ''}, but it is {labels[row].item()}."
             )
 
 
@@ -170,7 +183,7 @@ def _are_finite(boxes: list[Tensor]) -> bool:
     return not boxes or math.isfinite(torch.cat(boxes).sum().item())
 
 
-def annotated(image: Tensor, target: Target) -> Target:
+def annotated(image: Tensor, target: Any) -> Any:
     """Add empty boxes and labels to a target without annotations, and return any other target as it is."""
     if not isinstance(target, Mapping) or "boxes" in target or any(map(_has_content, target.values())):
         return target

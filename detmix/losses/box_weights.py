@@ -91,16 +91,28 @@ class CheckedTargets(list[Target]):
         super().__init__(targets)
         self.weights = weights
         self.matched: tuple[Any, Rows] | None = None  # the last indices, and the weights of the rows
+        self.outputs: tuple[Any, dict[str, Any]] | None = None  # the last indices and outputs, and what carries weights
 
 
 def weigh_targets(
-    targets: list[Target], weighting: Weighting = DEFAULT, num_classes: int | None = None
+    targets: list[Target],
+    weighting: Weighting = DEFAULT,
+    num_classes: int | None = None,
+    first_class: tuple[int | None, int] = (None, 1),
 ) -> list[Tensor] | None:
-    """Check the targets and return `with_background` of each; None if no target has weights, so stock code runs."""
+    """Check the targets and return `with_background` of each; None if no target has weights, so stock code runs.
+
+    Args:
+        targets: Targets of a batch.
+        weighting: How weights count.
+        num_classes: Number of classes, for the check of the labels; ``None`` accepts any labels.
+        first_class: Lowest label in a target without weights, and in one with. ``None`` accepts any lower one.
+    """
     if isinstance(targets, CheckedTargets):
         return targets.weights
     for i, target in enumerate(targets):  # otherwise NaN boxes train silently, and high labels fail in torch
-        check_target(target, where=f"targets[{i}]", num_classes=num_classes)
+        lowest = first_class["weights" in target]
+        check_target(target, where=f"targets[{i}]", num_classes=num_classes, first_class=lowest)
     if not any("weights" in target for target in targets):
         return None
     return [with_background(check_weights(target, i), weighting.per_image) for i, target in enumerate(targets)]

@@ -18,6 +18,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from detmix.losses.heads import MIXINS, SEAMS, WeightedAnchors
 from detmix.losses.options import Weighting
 from detmix.losses.transformers import WeightedLossFunction, is_transformers_detector
+from detmix.losses.watch import watch_heads
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,7 +37,8 @@ def weight_losses(
     on subclasses of their heads, and on detectors of ``transformers`` whose criterion has DETR's ``get_loss``. There
     the weights go into each of the ``labels``. Only the class of the heads, or the loss function, changes. Parameters,
     ``state_dict`` and results in eval mode stay the same, and the model can be pickled and copied. The loss runs
-    outside of ``torch.compile``. Call it again to change the options.
+    outside of ``torch.compile``. Call it again to change the options, and after a head was replaced: a step with
+    weights raises until then.
 
     In training, ``target["weights"]`` is a floating point tensor ``(num_boxes,)``, finite, not negative, on the device
     of the boxes. A target without it weighs every box 1.
@@ -82,6 +84,7 @@ def weight_losses(
         stock = function.function if isinstance(function, WeightedLossFunction) else function
         if not isinstance(function, WeightedLossFunction) or function.weighting != weighting:
             detector.loss_function = WeightedLossFunction(stock, weighting)
+    watch_heads(model)
     return model
 
 

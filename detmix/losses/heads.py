@@ -27,7 +27,22 @@ from detmix.losses.weighted_tensor import WeightedTensor, weighted, weights_of
 from detmix.targets import Target
 
 
-class WeightedRows:
+class WeightedHead:
+    """Say what all weighted heads have in common."""
+
+    weighting = DEFAULT
+    first_class: tuple[int | None, int] = (None, 0)
+    """Lowest label in a target without weights, where the stock code decides, and in one with."""
+
+    def __prepare_scriptable__(self) -> Any:
+        """Raise, as TorchScript cannot hold weighted tensors. ``torch.jit.script`` asks each module for this first."""
+        raise TypeError(
+            f"{type(self).__name__} is weighted and cannot be converted to TorchScript. Build the model without "
+            f"weight_losses, load the state_dict of this one into it and convert that: their results are the same."
+        )
+
+
+class WeightedRows(WeightedHead):
     """Weight a class whose ``compute_loss`` gets all predictions and the box that each row is matched to.
 
     torchvision's ``FCOSHead`` and ``SSD`` have this form: ``compute_loss(targets, head_outputs, anchors,
@@ -37,9 +52,10 @@ class WeightedRows:
     Attributes:
         weighting: How weights count.
         counted_over: Dimensions of ``(B, num_rows)`` over which the stock normaliser counts matched rows.
+        first_class: Lowest label in a target without weights, where the stock code decides, and in one with weights:
+            0, as no class is the background.
     """
 
-    weighting = DEFAULT
     counted_over: tuple[int, ...] = (0, 1)
 
     @eager
@@ -55,7 +71,7 @@ class WeightedRows:
         """Compute the parent's losses, the loss of each row multiplied by the weight of its box."""
         stock = partial(super().compute_loss, targets)  # type: ignore[misc]
         rest = anchors, matched_idxs, *args
-        weights = weigh_targets(targets, self.weighting, num_classes=head_outputs["cls_logits"].shape[-1])
+        weights = weigh_targets(targets, self.weighting, head_outputs["cls_logits"].shape[-1], self.first_class)
         if weights is None:
             return stock(head_outputs, *rest, **kwargs)  # type: ignore[no-any-return]
         rows = torch.stack([weigh_rows(w, m) for w, m in zip(weights, matched_idxs, strict=True)])  # (B, num_rows)
@@ -74,6 +90,15 @@ class WeightedRowsByImage(WeightedRows):
     """
 
     counted_over = (1,)
+
+
+class WeightedRowsWithBackground(WeightedRows):
+    """Weight a class as `WeightedRows` does, where class 0 is the background, as in torchvision's ``SSD``.
+
+    A box of label 0 would be background, and would lose its weight. So labels count from 1 in a target with weights.
+    """
+
+    first_class = (0, 1)
 
 
 class _WeightedBoxes(Tensor):
@@ -96,7 +121,7 @@ class _WeightedBoxes(Tensor):
             return out
 
 
-class WeightedAnchors:
+class WeightedAnchors(WeightedHead):
     """Weight a class that assigns boxes to anchors in one method and computes the loss of anchors in another.
 
     torchvision's ``RegionProposalNetwork`` has this form. ``assign_targets_to_anchors(anchors, targets)`` returns
@@ -107,7 +132,6 @@ class WeightedAnchors:
         weighting: How weights count.
     """
 
-    weighting = DEFAULT
     fg_bg_sampler: Callable[[list[Tensor]], tuple[list[Tensor], list[Tensor]]]
 
     @eager
@@ -179,7 +203,7 @@ def _sampling(head: Any, sampled: tuple[list[Tensor], list[Tensor]]) -> Iterator
             own["fg_bg_sampler"] = kept
 
 
-class WeightedProposals:
+class WeightedProposals(WeightedHead):
     """Weight a class whose losses gather predictions by the labels and matched indices of sampled proposals.
 
     torchvision's ``RoIHeads`` has this form: ``select_training_samples(proposals, targets)`` returns proposals, matched
@@ -189,7 +213,7 @@ class WeightedProposals:
         weighting: How weights count.
     """
 
-    weighting = DEFAULT
+    first_class = (None, 1)  # 0 is the background
 
     @eager  # its loss functions are not methods
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,7 +238,7 @@ class WeightedProposals:
         """
         # Only torchvision's predictors tell the number of classes.
         scores = getattr(getattr(self, "box_predictor", None), "cls_score", None)
-        weights = weigh_targets(targets, self.weighting, num_classes=getattr(scores, "out_features", None))
+        weights = weigh_targets(targets, self.weighting, getattr(scores, "out_features", None), self.first_class)
         proposals, matched_idxs, labels, deltas = super().select_training_samples(proposals, targets)  # type: ignore[misc]
         if weights is not None:
             # Background is matched to box 0 here. Only its label tells it apart.
@@ -260,7 +284,7 @@ class Seam(NamedTuple):
 SEAMS: dict[type[nn.Module], Seam] = {
     RetinaNetHead: Seam(WeightedRowsByImage, ("classification", "bbox_regression")),
     FCOSHead: Seam(WeightedRows, ("classification", "bbox_regression", "bbox_ctrness")),
-    SSD: Seam(WeightedRows, ("classification", "bbox_regression")),
+    SSD: Seam(WeightedRowsWithBackground, ("classification", "bbox_regression")),
     RegionProposalNetwork: Seam(WeightedAnchors, ("loss_objectness", "loss_rpn_box_reg")),
     RoIHeads: Seam(WeightedProposals, tuple(term for terms in _LOSSES.values() for term in terms)),
 }

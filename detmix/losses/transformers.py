@@ -82,7 +82,11 @@ def by_row(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function that computes each result row from one row of its first argument run as one operation."""
 
     def call(x: Tensor, *args: Any) -> Any:
-        if type(x) is not WeightedTensor or x.rows.dims[-1] is not None or WeightedTensor in map(type, args):
+        if (
+            type(x) is not WeightedTensor
+            or x.rows.dims[-1] is not None
+            or any(isinstance(a, WeightedTensor) for a in args)
+        ):
             return function(x, *args)
         with DisableTorchFunctionSubclass():
             return tree_map(lambda out: carry(out, x.rows), function(x, *args))
@@ -106,3 +110,13 @@ def is_transformers_detector(module: nn.Module) -> bool:
         return False
     function: Any = module.loss_function
     return isinstance(function, WeightedLossFunction) or bool(weighted_criteria(function))
+
+
+def is_weighted_function(function: Any) -> bool:
+    """Tell whether a loss function uses weights: a `WeightedLossFunction`, or one that names a `WeightedCriterion`."""
+    if isinstance(function, WeightedLossFunction):
+        return True
+    if not isinstance(function, FunctionType):
+        return False
+    named = (function.__globals__.get(name) for name in function.__code__.co_names)
+    return any(isinstance(cls, type) and issubclass(cls, WeightedCriterion) for cls in named)

@@ -1,7 +1,7 @@
 """Mix each sample of a dataset with another one of it."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -140,7 +140,7 @@ def _load(dataset: Any, index: int) -> Sample:
         )
     image = sample[0] if isinstance(sample[0], Tensor) else TF.to_image(sample[0])
     target = _as_target(sample[1], getattr(dataset, "target_type", ()))
-    if not isinstance(target, dict):
+    if not isinstance(target, Mapping):
         raise TypeError(
             f"the target of sample {index} of {name} must be a dict with 'boxes', but it is a {type(target).__name__}; "
             f"wrap torchvision's datasets with wrap_dataset_for_transforms_v2."
@@ -158,7 +158,7 @@ def _as_target(target: Any, names: Any) -> Any:
         return {"boxes": target}
     if isinstance(target, tuple) and len(target) == len(names):
         target = dict(zip(names, target, strict=True))
-    if isinstance(target, dict) and "boxes" not in target:
+    if isinstance(target, Mapping) and "boxes" not in target:
         boxes = [key for key, value in target.items() if isinstance(value, tv_tensors.BoundingBoxes)]
         return {"boxes" if [key] == boxes else key: value for key, value in target.items()}
     return target

@@ -1,7 +1,7 @@
 """Choose a partner for each sample of a batch."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -42,8 +42,8 @@ def reversal(targets: Sequence[Any], pool: Sequence[Any], rng: random.Random) ->
 
 def classes_of(target: Any) -> set[int]:
     """Return the classes of a detection target, or of a class label: a number, or a row of shares. Waits for a GPU."""
-    if isinstance(target, dict):
-        return set(torch.as_tensor(target.get("labels", ())).tolist())
+    if isinstance(target, Mapping):
+        return set(torch.as_tensor(target.get("labels", target.get("class_labels", ()))).tolist())
     label = torch.as_tensor(target)
     return set(label.nonzero()[:, 0].tolist()) if label.ndim else {int(label)}
 

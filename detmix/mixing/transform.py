@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -161,7 +161,7 @@ class MixUp(nn.Module):
             >>> MixUp(lam=0.75, pairing="reversal").make_plan([{}, {}])[0]
             Mix(partner=1, lam=0.75, shares=(0.75, 0.25), placement=None)
         """
-        if not isinstance(targets, Tensor) and (wrong := [t for t in targets if not isinstance(t, dict)]):
+        if not isinstance(targets, Tensor) and (wrong := [t for t in targets if not isinstance(t, Mapping)]):
             raise TypeError(
                 f"targets must be dicts, or one tensor of class labels, but hold a {type(wrong[0]).__name__}."
             )

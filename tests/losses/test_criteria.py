@@ -8,7 +8,8 @@ from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal
 
 from detmix import WeightedCriterion
 from detmix.losses.box_weights import CheckedTargets, weigh_targets
-from detmix.losses.criteria import weigh_queries
+from detmix.losses.criteria import weigh_predictions, weigh_queries
+from detmix.losses.outputs import CONSTANTS
 
 QUERIES, CLASSES = 7, 4
 
@@ -199,5 +200,8 @@ def test_every_matching_of_a_step_has_its_own_weights():
 def test_the_losses_of_one_matching_share_its_weights():
     outputs, targets, indices = case(torch.rand(5))
     checked = CheckedTargets(targets, weigh_targets(targets))
-    rows = weigh_queries(checked, checked.weights, indices, outputs["pred_logits"])
-    assert weigh_queries(checked, checked.weights, indices, outputs["pred_boxes"]) is rows
+    rows = weigh_queries(checked, checked.weights, indices, QUERIES)
+    assert weigh_queries(checked, checked.weights, indices, QUERIES) is rows
+    first, second = (weigh_predictions(outputs, checked, checked.weights, indices, CONSTANTS) for _ in range(2))
+    assert first is second
+    assert first["pred_boxes"].rows.base is rows.base
