@@ -1,5 +1,6 @@
 """Weighting: make the loss of a detector use ``target["weights"]``."""
 
+from detmix.losses import rules_indexing, rules_losses  # noqa: F401  # they register their rules
 from detmix.losses.box_weights import match_weights
 from detmix.losses.criteria import WeightedCriterion
 from detmix.losses.detectors import weight_losses
