@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torchvision  # noqa: F401  # loads torch.ops.torchvision
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from detmix.losses.rows import Rows, agreed, joined, pad, reshaped
 from detmix.losses.weighted_tensor import (
@@ -155,7 +154,7 @@ class _WeightedSum(torch.autograd.Function):
     *("isnan", "isinf", "isfinite", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
     *("size", "dim", "numel", "__len__", "is_floating_point", "count_nonzero", "bincount", "equal", "tolist", "item"),
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
-    Tensor.requires_grad.__set__,
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     torch.ops.torchvision.roi_align,
 )
 def drop(func: Function, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +164,7 @@ def drop(func: Function, *args: Any, **kwargs: Any) -> Any:
 
 @rule("any", "all", "argmax", "argmin")
 def _tell(func: Function, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    """Keep the weights of labels and masks where something is said of each row; what is said of predictions is plain."""
+    """Keep the weights of labels and masks where each row of them is summed up; of predictions the result is plain."""
     if dim is None:
         return func(input, **kwargs)
     out = func(input, dim, keepdim, **kwargs)
@@ -239,7 +238,8 @@ def _reshape(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _repeat(func: Function, input: WeightedTensor, *sizes: Any, repeats: Any = ()) -> Any:
     counts = _dims(sizes or repeats)
     weights = pad(input.weights, len(counts))
-    return carry(func(input, counts), weights.repeat([1 if n == 1 else c for n, c in zip(weights.shape, counts)]))
+    own = [1 if n == 1 else count for n, count in zip(weights.shape, counts, strict=True)]
+    return carry(func(input, counts), weights.repeat(own))
 
 
 @rule("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "unsqueeze", "flip")

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from detmix.losses.rows import Rows, dims_consumed, indexed, is_mask
-from detmix.losses.rules import agreed_rows, compare, elementwise
+from detmix.losses.rules import agreed_rows, elementwise
 from detmix.losses.weighted_tensor import (
     Function,
     LatentTensor,
@@ -26,6 +25,7 @@ from detmix.losses.weighted_tensor import (
 )
 
 _SIMPLE = frozenset({int, bool, slice, type(None), type(Ellipsis), Tensor, WeightedTensor, LatentTensor})
+_PLAIN = _SIMPLE - {WeightedTensor, LatentTensor}
 
 
 @rule("__getitem__")
@@ -55,18 +55,18 @@ def _rows_at(func: Function, x: Tensor, index: Any, ndim: int) -> list[Rows]:
     """Return the weights that the entries of ``x[index]``, of so many dimensions, have from each of ``x`` and index."""
     entries = index if isinstance(index, tuple) else (index,)
     kinds = set(map(type, entries))
-    if not (_SIMPLE >= kinds or all(type(e) in _SIMPLE or isinstance(e, Tensor) for e in entries)):
-        entries = _read(func, x, index)
+    has_weights = not kinds <= _PLAIN
+    if not kinds <= _SIMPLE:
+        if not all(type(e) in _SIMPLE or isinstance(e, Tensor) for e in entries):
+            entries = _read(func, x, index)
+        has_weights = any(isinstance(entry, WeightedTensor) for entry in entries)
     rows = []
     if isinstance(x, WeightedTensor):
         own = x.rows.sliced(entries)
         rows.append(x.rows.gathered(x.shape, entries) if own is None else own)
-    if not kinds <= _PLAIN:
+    if has_weights:
         rows += _rows_of_index(func, x, entries, ndim)
     return rows
-
-
-_PLAIN = _SIMPLE - {WeightedTensor, LatentTensor}
 
 
 def _read(func: Function, x: Tensor, index: Any) -> tuple[Any, ...]:
@@ -177,7 +177,7 @@ def _index_select(func: Function, input: Tensor, dim: int, index: Tensor) -> Any
 def _gather(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     names = ("dim", "index") if func in (torch.gather, Tensor.gather) else ("indices", "dim")
     given = dict(zip(names, args, strict=False)) | kwargs
-    dim, index = given.get("dim"), given.get("index", given.get("indices"))
+    dim, index = given.get("dim"), given["index"] if "index" in given else given["indices"]
     if dim is None:
         raise lost(func, input, index, why="without dim")
     out, carried = func(input, *args, **kwargs), []

@@ -1,9 +1,10 @@
 """What the loss functions of ``torch.nn.functional`` do to the weights of a `WeightedTensor`.
 
-They divide by what they always divide by: the number of entries, or their own ``weight=``. torch tells a subclass all
-their arguments but one: ``weight=`` of ``l1_loss``, which is not used.
+They divide by what they always divide by: the number of entries, or their own ``weight=``.
 """
 
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -22,6 +23,15 @@ def _reduction(reduction: str, size_average: bool | None, reduce: bool | None) -
     return legacy_get_string(size_average, reduce)
 
 
+def _weight_of_l1_loss() -> Tensor | None:
+    """Return the ``weight=`` of the ``l1_loss`` that is under way. No other argument of a loss is kept from rules."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    weight: Tensor | None = frame.f_locals["weight"] if frame else None
+    return weight
+
+
 @rule(
     *(F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.mse_loss, F.kl_div, F.hinge_embedding_loss, F.soft_margin_loss),
     *(F.poisson_nll_loss, F.gaussian_nll_loss, F.margin_ranking_loss),
@@ -38,6 +48,8 @@ def _loss(
 ) -> Any:
     if size_average is not None or reduce is not None:
         reduction = _reduction(reduction, size_average, reduce)
+    if func is F.l1_loss and weight is None:
+        weight = _weight_of_l1_loss()
     if weight is not None:
         kwargs["weight"] = weight
     if reduction not in ("none", "sum", "mean") and not (reduction == "batchmean" and func is F.kl_div):
@@ -48,7 +60,7 @@ def _loss(
         return loss
     if reduction == "batchmean":
         return scaled(loss, loss.weights).sum() / loss.size(0)
-    if weight is not None and reduction == "mean" and func is F.mse_loss:
+    if weight is not None and reduction == "mean" and func in (F.mse_loss, F.l1_loss):
         return scaled(loss, loss.weights).sum() / torch.sum(weight)
     return getattr(Tensor, reduction)(scaled(loss, loss.weights))
 

@@ -7,6 +7,7 @@ multiplied by its own weight first. `RULES` says which. A function without a rul
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -68,15 +69,15 @@ class WeightedTensor(Tensor):
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the rule of ``func``, which sees the tensors as plain ones."""
         with DisableTorchFunctionSubclass():
-            rule = RULES.get(func, _call_unknown)
+            chosen: Rule = RULES.get(func, _call_unknown)
             if not kwargs:
-                return rule(func, *args)
+                return chosen(func, *args)
             if kwargs.get("out") is not None:
                 raise lost(func, *args, **kwargs)
-            names, is_open = _parameters(rule)
+            names, is_open = _parameters(chosen)
             if not (names.issuperset(kwargs) or (is_open and _OTHER.isdisjoint(kwargs))):
                 kwargs = _renamed(func, names, is_open, kwargs)
-            return rule(func, *args, **kwargs)
+            return chosen(func, *args, **kwargs)
 
 
 _OTHER = frozenset(OTHER_NAMES)
@@ -177,14 +178,13 @@ def carry(x: Tensor, weights: Rows | Tensor) -> WeightedTensor:
     return x  # type: ignore[return-value]
 
 
-_IN_PLACE = frozenset(
-    f"__i{name}__" for name in "add sub mul truediv div floordiv mod pow and or xor lshift rshift".split()
-)
+_OPERATORS = frozenset(dir(operator)) | {"div"}
 
 
 def _call_unknown(func: Function, *args: Any, **kwargs: Any) -> Any:
     name = getattr(func, "__name__", "")
-    writes = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("inplace")
+    writes = name.endswith("_") and not name.endswith("__")
+    writes = writes or (name.startswith("__i") and name[3:-2] in _OPERATORS) or kwargs.get("inplace")
     if writes or name in ("__set__", "__delete__"):  # before anything is written
         raise lost(func, *args, **kwargs)
     out = func(*args, **kwargs)
@@ -216,8 +216,8 @@ def _renamed(func: Function, names: frozenset[str], is_open: bool, kwargs: dict[
         name = name if name in names else key
         if name not in names and not is_open:
             raise NotImplementedError(
-                f"{name_of(func)} was called with {key}=, which its rule for loss weights does not know. Call it without "
-                f"{key}, or replace its rule: detmix.losses.RULES[{name_of(func)}] = rule."
+                f"{name_of(func)} was called with {key}=, which its rule for loss weights does not know. Call it "
+                f"without {key}, or replace its rule: detmix.losses.RULES[{name_of(func)}] = rule."
             )
         if name in result:
             raise TypeError(f"{name_of(func)} was called with {name} twice, as {', '.join(kwargs)}.")
@@ -227,7 +227,7 @@ def _renamed(func: Function, names: frozenset[str], is_open: bool, kwargs: dict[
 
 def name_of(func: Function) -> str:
     """Return the name of a function of torch, as one calls it."""
-    return resolve_name(func) or getattr(func, "__name__", repr(func))
+    return str(resolve_name(func) or getattr(func, "__name__", repr(func)))
 
 
 def shapes_of(*args: Any) -> str:
@@ -238,9 +238,9 @@ def shapes_of(*args: Any) -> str:
 
 def lost(func: Function, *args: Any, why: str = "", **kwargs: Any) -> NotImplementedError:
     """Make the error for a call that would lose weights. ``why`` names the argument that no rule allows for."""
-    name = name_of(func)
+    name, why = name_of(func), f", {why}" if why else ""
     return NotImplementedError(
-        f"{name}, called on a tensor of shape {shapes_of(args, kwargs)}{why and f', {why}'}, has no rule that keeps these "
-        f"loss weights. Add one with detmix.losses.RULES[{name}] = rule, where rule is elementwise, move, reduce or drop "
-        f"of detmix.losses."
+        f"{name}, called on a tensor of shape {shapes_of(args, kwargs)}{why}, has no rule that keeps these loss "
+        f"weights. Add one with detmix.losses.RULES[{name}] = rule, where rule is elementwise, move, reduce or drop of "
+        f"detmix.losses."
     )
