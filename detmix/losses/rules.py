@@ -317,3 +317,10 @@ def _along(func: Function, input: WeightedTensor, dim: int | None = None, *args:
     if dim is None or input.rows.dims[dim] is not None:  # the result would mix entries of different weights
         raise lost(func, input, why=f"with dim {dim}")
     return carry(func(input, dim, *args, **kwargs), input.rows)
+
+
+@rule("__deepcopy__")
+def _deepcopy(func: Function, input: WeightedTensor, *args: Any) -> Any:
+    out = carry(func(input.as_subclass(Tensor), *args), input.rows)
+    out.__class__ = type(input)
+    return out

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from detmix.losses.rows import Rows, dims_consumed, indexed, is_mask
 from detmix.losses.rules import agreed_rows, elementwise
@@ -84,6 +85,8 @@ def _read(func: Function, x: Tensor, index: Any) -> tuple[Any, ...]:
 
 
 def _as_tensor(entry: Any) -> Any:
+    if any(isinstance(leaf, WeightedTensor) for leaf in tree_leaves(entry)):  # would lose its weights
+        raise TypeError
     array = np.asarray(entry)
     if array.dtype == object:
         raise TypeError
