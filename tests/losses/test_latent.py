@@ -155,7 +155,7 @@ def test_what_is_said_of_predictions_is_plain():
 
 def test_values_that_may_be_losses_are_not_written_into_counts(labels):
     counts = torch.zeros_like(labels, dtype=torch.float32)
-    with pytest.raises(NotImplementedError, match="__setitem__.*may be losses"):
+    with pytest.raises(NotImplementedError, match=r"__setitem__.*may be losses"):
         counts[labels > 0] = BOXES[:, 0][labels > 0]
     assert counts.sum() == 0
 
