@@ -176,28 +176,35 @@ def _index_select(func: Function, input: Tensor, dim: int, index: Tensor) -> Any
     return carry(out, agreed_rows(func, carried, input, index))
 
 
-@rule("gather", "take_along_dim")
-def _gather(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    names = ("dim", "index") if func in (torch.gather, Tensor.gather) else ("indices", "dim")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    dim, index = given.get("dim"), given["index"] if "index" in given else given["indices"]
+@rule("gather")
+def _gather(func: Function, input: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    out = func(input, dim, index, sparse_grad=sparse_grad)
+    weights = weights_of(input)
+    for d in range(out.ndim):  # the index may be narrower
+        if d != dim % out.ndim and weights.size(d) > out.size(d):
+            weights = weights.narrow(d, 0, out.size(d))
+    return _picked(func, out, input, weights, dim, index)
+
+
+@rule("take_along_dim")
+def _take_along_dim(func: Function, input: Tensor, indices: Tensor, dim: int | None = None) -> Any:
     if dim is None:
-        raise lost(func, input, index, why="without dim")
-    out, carried = func(input, *args, **kwargs), []
-    if isinstance(input, WeightedTensor):
-        weights = input.weights
-        if func in (torch.gather, Tensor.gather):  # the index may be narrower
-            for d in range(out.ndim):
-                if d != dim % out.ndim and weights.size(d) > out.size(d):
-                    weights = weights.narrow(d, 0, out.size(d))
-        if weights.size(dim) > 1:
+        raise lost(func, input, indices, why="without dim")
+    return _picked(func, func(input, indices, dim), input, weights_of(input), dim, indices)
+
+
+def _picked(func: Function, out: Tensor, x: Tensor, weights: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Give each picked entry the weight of the one it comes from, and that of the entry of the index."""
+    carried = []
+    if isinstance(x, WeightedTensor):
+        if weights.ndim and weights.size(dim) > 1:
             shape = [w if n == 1 else n for w, n in zip(weights.shape, out.shape, strict=True)]
             shape[dim] = weights.size(dim)
             weights = torch.take_along_dim(weights.expand(shape), index.as_subclass(Tensor).expand(out.shape), dim)
         carried.append(Rows.of(weights))
     if isinstance(index, WeightedTensor):
         carried.append(index.rows.pad(out.ndim))
-    return carry(out, agreed_rows(func, carried, input, index))
+    return carry(out, agreed_rows(func, carried, x, index))
 
 
 @rule("one_hot")

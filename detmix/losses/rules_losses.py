@@ -26,10 +26,16 @@ def _reduction(reduction: str, size_average: bool | None, reduce: bool | None) -
 def _weight_of_l1_loss() -> Tensor | None:
     """Return the ``weight=`` of the ``l1_loss`` that is under way. No other argument of a loss is kept from rules."""
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+    for _ in range(_NEAR):
+        if frame is None:
+            break
+        if frame.f_code is F.l1_loss.__code__ and (weight := frame.f_locals["weight"]) is not None:
+            return weight  # type: ignore[no-any-return]
         frame = frame.f_back
-    weight: Tensor | None = frame.f_locals["weight"] if frame else None
-    return weight
+    return None
+
+
+_NEAR = 12  # frames between a loss and its rule, at most, with a few modes of torch between them
 
 
 @rule(

@@ -36,7 +36,7 @@ def rule(*functions: str | Function) -> Callable[[Rule], Rule]:
     def register(made: Rule) -> Rule:
         for function in functions:
             if isinstance(function, str):
-                homes = [home for home in (Tensor, torch, F) if hasattr(home, function)]
+                homes = [home for home in (Tensor, torch, F) if callable(getattr(home, function, None))]
                 RULES.update({getattr(home, function): made for home in homes})
             else:
                 RULES[function] = made
