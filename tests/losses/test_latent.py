@@ -99,6 +99,10 @@ def test_classes_chosen_by_labels_weigh_what_they_weigh(labels):
     table = torch.rand(2, 4, 6, generator=RNG)  # behind and between other dimensions
     torch.testing.assert_close(table[:, labels].sum(), (table[:, LABELS] * WEIGHTS[:, None]).sum())
     torch.testing.assert_close(table[0, labels, 1].sum(), (table[0, LABELS, 1] * WEIGHTS).sum())
+    pairs = table[torch.tensor([[0], [1]]), :, labels]  # of a broadcast index
+    torch.testing.assert_close(pairs.sum(), (table[:, :, LABELS] * WEIGHTS).sum())
+    wide = torch.rand(2, 6, generator=RNG)
+    torch.testing.assert_close(wide[torch.tensor([[0], [1]]), labels].sum(), (wide[:, LABELS] * WEIGHTS).sum())
     ones = torch.ones(6, dtype=torch.int64)
     torch.testing.assert_close(table[ones, :, labels].sum(), (table[ones, :, LABELS] * WEIGHTS[:, None]).sum())
 
