@@ -65,7 +65,7 @@ def check_weights(target: Target, index: int | None = None) -> Tensor:
         raise ValueError(f"{name} must be on {boxes.device} as the boxes are, but is on {weights.device}.")
     # Values on a GPU are not checked: reading them would make Python wait for it at every step.
     if weights.device.type == "cpu" and len(weights):
-        lowest, highest = weights.aminmax()  # both NaN if any is
+        lowest, highest = weights.detach().aminmax()  # both NaN if any is
         if not 0 <= float(lowest) <= float(highest) < math.inf:
             raise ValueError(f"{name} must be finite and not negative, but holds {weights.tolist()}.")
     return weights.float()

@@ -26,9 +26,9 @@ Call = Callable[..., Any]
 def holds_weights(values: Iterable[Any]) -> bool:
     """Tell whether a weighted tensor is among values, or in lists, tuples and dicts of them."""
     for value in values:
-        kind = type(value)
-        if kind is WeightedTensor:
+        if isinstance(value, WeightedTensor):
             return True
+        kind = type(value)
         if kind in (list, tuple) and holds_weights(value):
             return True
         if kind is dict and holds_weights(value.values()):
@@ -69,8 +69,6 @@ def watch() -> None:
         return apply.__get__(None, cls)(*args, **kwargs)
 
     function.apply = classmethod(watched(call, _run_function))
-    # A graph cannot hold weights, so torch.compile leaves operations on them out of it.
-    torch._dynamo.config.nontraceable_tensor_subclasses.add(WeightedTensor)
 
 
 def _run_script(call: Call, script: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,7 +104,7 @@ def _run_function(call: Call, cls: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if type(value) is WeightedTensor else value
+    return value.as_subclass(Tensor) if isinstance(value, WeightedTensor) else value
 
 
 def _refuse_backward(call: Call, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,7 @@ from torchvision.models.detection.ssd import SSD
 from detmix.losses.box_weights import eager, weigh_rows, weigh_targets
 from detmix.losses.options import DEFAULT, Weighting
 from detmix.losses.transformers import rebound
-from detmix.losses.weighted_tensor import WeightedTensor, weighted, weights_of
+from detmix.losses.weighted_tensor import LatentTensor, WeightedTensor, weighted, weights_of
 from detmix.targets import Target
 
 
@@ -119,6 +119,31 @@ class _WeightedBoxes(Tensor):
             if func is Tensor.__getitem__ and isinstance(args[1], Tensor):
                 return weighted(out, args[0].weights[args[1]][..., None])
             return out
+
+
+class _PlainBoxes(Tensor):
+    """Boxes that stay plain whatever they are gathered by: features are pooled from them, and those are no loss."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class _Matches(LatentTensor):
+    """Indices that keep their own weights when they are gathered by an index of others, those of labels."""
+
+    @classmethod
+    def of(cls, matches: Tensor, weights: Tensor) -> Tensor:
+        out = matches.as_subclass(cls)
+        out.rows = weighted(matches, weights).rows
+        return out
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[0], _Matches):
+            args = args[0], tree_map_only(WeightedTensor, lambda x: x.as_subclass(Tensor), args[1])
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class WeightedAnchors(WeightedHead):
@@ -250,7 +275,8 @@ class WeightedProposals(WeightedHead):
                 rows = self.weighting.normalized(sampled, every).split(sizes)  # type: ignore[no-untyped-call]
                 positives = self.weighting.normalized(sampled, some).split(sizes)  # type: ignore[no-untyped-call]
             labels = [weighted(y, w) for y, w in zip(labels, rows, strict=True)]
-            matched_idxs = [weighted(m, w) for m, w in zip(matched_idxs, positives, strict=True)]
+            matched_idxs = [_Matches.of(m, w) for m, w in zip(matched_idxs, positives, strict=True)]
+            proposals = [boxes.as_subclass(_PlainBoxes) for boxes in proposals]
         return proposals, matched_idxs, labels, deltas
 
 

@@ -4,8 +4,8 @@ Everywhere ``weights`` has as many dimensions as its tensor, each of the tensor'
 slices and computes on small tensors. `Rows` follows that without calling torch.
 """
 
-from collections.abc import Sequence
-from math import nan, prod
+from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ class Rows:
     def __init__(self, base: Tensor, dims: tuple[int | None, ...]) -> None:
         self.base, self.dims = base, dims
         self._weights: Tensor | None = None
-        self._gathered: tuple[list[tuple[Any, float]], Rows] | None = None
+        self._gathered: tuple[list[_Entry], Rows] | None = None
 
     @classmethod
     def of(cls, weights: Tensor) -> "Rows":
@@ -45,13 +45,12 @@ class Rows:
 
         Remembers the last: predictions and targets are often gathered by the same index, and then share their weights.
         """
-        key = [(e, _version(e)) for e in entries]
         if self._gathered is not None:
             last, rows = self._gathered
-            if len(last) == len(key) and all(a is b and v == w for (a, v), (b, w) in zip(last, key, strict=True)):
+            if len(last) == len(entries) and all(map(_Entry.is_still, last, entries)):
                 return rows
         rows = Rows.of(indexed(self.weights, shape, entries))
-        self._gathered = key, rows
+        self._gathered = list(map(_Entry, entries)), rows
         return rows
 
     def same(self, other: "Rows") -> bool:
@@ -73,6 +72,8 @@ class Rows:
 
     def remove(self, dims: Sequence[int]) -> "Rows | None":
         """Leave out dimensions, or None if the weights differ along one of them."""
+        if not self.dims:  # torch sums a number along dimension 0, too
+            return self
         if any(self.dims[d] is not None for d in dims):
             return None
         gone = {d % len(self.dims) for d in dims}
@@ -100,6 +101,41 @@ class Rows:
 
 
 _ALL = slice(None)
+
+
+class _Entry:
+    """An entry of an index as it was. NumPy and ``.data`` change a tensor's memory without its version."""
+
+    __slots__ = ("copy", "entry", "version")
+
+    def __init__(self, entry: Any) -> None:
+        self.entry, self.copy, self.version = entry, None, 0
+        if isinstance(entry, Tensor):
+            self.copy, self.version = entry.detach().clone(), -1 if entry.is_inference() else entry._version
+
+    def is_still(self, entry: Any) -> bool:
+        """Tell whether this is the entry, and as it was. Where its values cannot be read, they are asserted to be."""
+        if entry is not self.entry:
+            return False
+        if self.copy is None:
+            return True
+        if is_readable(entry):
+            return torch.equal(self.copy, entry)
+        if self.version < 0 or entry._version != self.version:
+            return False
+        assert_later(self.copy == entry, "An index was changed through its .data or memory, and then used again.")
+        return True
+
+
+def is_readable(x: Tensor) -> bool:
+    """Tell whether Python may look at the values of a tensor: on a GPU it would wait for them."""
+    return x.device.type == "cpu"
+
+
+def assert_later(truth: Tensor, message: str) -> None:
+    """Raise once the device finds that a condition does not hold everywhere. Nothing waits for it."""
+    if truth.device.type != "meta":
+        torch._assert_async(truth.all(), message)
 
 
 def pad(weights: Tensor, ndim: int) -> Tensor:
@@ -155,45 +191,50 @@ def reshaped(weights: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
     return weights.expand(spread).reshape([1 if n == 1 else next(sizes) for n in new])
 
 
-def indexed(weights: Tensor, shape: Sequence[int], index: Any) -> Tensor:
-    """Return the weights of ``x[index]`` for an ``x`` of this shape, expanded only where a tensor indexes it."""
-    entries = [
-        torch.as_tensor(e) if isinstance(e, list) else e for e in (index if isinstance(index, tuple) else [index])
-    ]
-    consumed = [_dims_consumed(entry) for entry in entries]
-    spread, small, d = list(weights.shape), [], 0
+def indexed(weights: Tensor, shape: Sequence[int], entries: tuple[Any, ...]) -> Tensor:
+    """Return the weights of ``x[entries]`` for an ``x`` of this shape, expanded only where a tensor picks some of them.
+
+    Along dimensions where all entries weigh the same, so do those of the result: whatever is picked, the first is.
+    """
+    consumed = [dims_consumed(entry) for entry in entries]
+    spread, small, d = list(weights.shape), list[Any](), 0
     for entry, count in zip(entries, consumed, strict=True):
         if entry is Ellipsis:
             count = len(shape) - sum(consumed)
-        elif isinstance(entry, Tensor):
-            spread[d : d + count] = shape[d : d + count]
-        elif count and weights.size(d) == 1:
-            entry = slice(None) if isinstance(entry, slice) else 0  # every entry along this dimension weighs the same
-        small.append(entry)
+        alike = count and all(weights.size(i) == 1 for i in range(d, d + count))
+        if entry is Ellipsis or not alike:
+            if isinstance(entry, Tensor):
+                spread[d : d + count] = shape[d : d + count]
+            small.append(entry)
+        elif isinstance(entry, slice):
+            small.append(_ALL)
+        elif not isinstance(entry, Tensor) or entry.ndim == 0:
+            small.append(0)
+        else:  # a mask is read as one index for each of its dimensions
+            ndim = 1 if is_mask(entry) else entry.ndim
+            small += [torch.zeros((1,) * ndim, dtype=torch.int64, device=weights.device)] * count
         d += count
     return weights.expand(spread)[tuple(small)]
 
 
-def _version(entry: Any) -> float:
-    """Return a number that changes when an entry of an index does; NaN, which equals nothing, where none can tell."""
-    if isinstance(entry, Tensor):
-        return nan if entry.is_inference() else entry._version
-    return 0 if entry is None or entry is Ellipsis or isinstance(entry, slice | int) else nan
+def is_mask(entry: Any) -> bool:
+    """Tell whether a tensor that indexes says of each entry whether to take it."""
+    return isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8)
 
 
-def _dims_consumed(entry: Any) -> int:
+def dims_consumed(entry: Any) -> int:
+    """Return the number of dimensions that an entry of an index picks from; 0 for an ellipsis, too."""
     if entry is None or entry is Ellipsis or isinstance(entry, bool):
         return 0
-    if isinstance(entry, Tensor) and entry.dtype in (torch.bool, torch.uint8):
-        return entry.ndim
-    return 1
+    return entry.ndim if is_mask(entry) else 1
 
 
 def joined(parts: Sequence[Tensor], sizes: Sequence[int], dim: int) -> Tensor:
     """Return the weights of tensors joined along ``dim``, where each has the given size."""
     if all(same(parts[0], part) for part in parts) and parts[0].size(dim) == 1:
         return parts[0]
-    shape = list(broadcast(*(part.select(dim, 0).unsqueeze(dim).shape for part in parts if part.size(dim))))
+    filled = [part for part, n in zip(parts, sizes, strict=True) if n] or parts
+    shape = list(broadcast(*((*part.shape[:dim], 1, *part.shape[dim + 1 :]) for part in filled)))
     return torch.cat([p.expand([*shape[:dim], n, *shape[dim + 1 :]]) for p, n in zip(parts, sizes, strict=True)], dim)
 
 
@@ -202,8 +243,14 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
-def agreed(rows: Sequence[Rows]) -> Rows | None:
-    """Return the rows that all the others broadcast to, or None if they differ. All have as many dimensions."""
+def agreed(rows: Sequence[Rows], message: Callable[[], str]) -> Rows:
+    """Return the rows that all the others broadcast to. All have as many dimensions.
+
+    Values are compared on the CPU. On another device the comparison is left to the device, as Python would wait for it.
+
+    Raises:
+        NotImplementedError: If they differ, with this message: which weight would the result have?
+    """
     first = rows[0]
     if all(map(first.same, rows)):
         return first
@@ -211,7 +258,12 @@ def agreed(rows: Sequence[Rows]) -> Rows | None:
     for other in [r.weights for r in rows[1:]]:
         shape = broadcast(widest.shape, other.shape)
         widest, narrow = (widest, other) if widest.shape == shape else (other, widest)
-        # Values are compared on the CPU only. On a GPU, Python would wait for it.
-        if widest.shape != shape or (widest.device.type == "cpu" and not torch.equal(widest, narrow.expand(shape))):
-            return None
+        if widest.shape != shape:
+            raise NotImplementedError(message())
+        if same(widest, narrow):
+            continue
+        if not is_readable(widest):
+            assert_later(widest == narrow, message())
+        elif not (widest == narrow).all():
+            raise NotImplementedError(message())
     return Rows.of(widest)

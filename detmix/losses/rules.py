@@ -1,20 +1,31 @@
 """What each function of torch does to the weights of a `WeightedTensor`.
 
 A rule is called in place of the function, as ``rule(function, *args, **kwargs)``, and calls it. `elementwise`, `move`,
-`reduce` and `drop` fit most functions; the others know the arguments of theirs.
+`reduce` and `drop` fit most functions; the others know the arguments of theirs. `detmix.losses.rules_indexing` and
+`detmix.losses.rules_losses` have those of indices and of loss functions.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import torchvision  # noqa: F401  # loads torch.ops.torchvision
 from torch import Tensor
-from torch.overrides import resolve_name
 
 from detmix.losses.rows import Rows, agreed, joined, pad, reshaped
-from detmix.losses.weighted_tensor import Function, WeightedTensor, carry, lost, rule, weights_of
+from detmix.losses.weighted_tensor import (
+    Function,
+    LatentTensor,
+    WeightedTensor,
+    carry,
+    is_count,
+    is_latent,
+    lost,
+    name_of,
+    rule,
+    shapes_of,
+    weights_of,
+)
 
 
 @rule(
@@ -23,40 +34,85 @@ from detmix.losses.weighted_tensor import Function, WeightedTensor, carry, lost,
     *("__rtruediv__", "__pow__", "__rpow__", "__neg__", "__abs__", "exp", "expm1", "log", "log1p", "log2", "atan"),
     *("arctan", "tanh", "sigmoid", "logsigmoid", "softplus", "relu", "clamp", "clip", "clamp_min", "clamp_max"),
     *("minimum", "maximum", "sign", "floor", "ceil", "round", "lerp", "nan_to_num"),
+    *("floor_divide", "__floordiv__", "__rfloordiv__", "remainder", "fmod", "__mod__", "__rmod__", "masked_fill"),
 )
 def elementwise(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Keep the weights of the operands: each entry of the result comes from one entry of every operand, broadcast."""
     out = func(*args, **kwargs)
     if out.dtype == torch.bool:
-        return out
-    carried = [x.rows.pad(out.ndim) for x in (*args, *kwargs.values()) if type(x) is WeightedTensor]
-    return carry(out, agreed_rows(func, carried))
+        return _say(func, out, *args, **kwargs)
+    carried = [x.rows.pad(out.ndim) for x in (*args, *kwargs.values()) if isinstance(x, WeightedTensor)]
+    return carry(out, agreed_rows(func, carried, args, kwargs))
 
 
-@rule("diag", "diagonal", "index_select", "masked_select", "flip", "roll")
-def move(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _say(func: Function, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    carried = [x.rows.pad(out.ndim) for x in (*args, *kwargs.values()) if is_latent(x)]
+    return carry(out, agreed_rows(func, carried, args, kwargs)) if carried else out
+
+
+@rule(
+    *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"),
+    *(
+        "__eq__",
+        "__ne__",
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "__and__",
+        "__or__",
+        "__xor__",
+        "__rand__",
+        "__ror__",
+    ),
+    *("__rxor__", "__invert__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and", "logical_or"),
+    *("logical_xor", "logical_not", "isclose"),
+)
+def compare(func: Function, *args: Any, **kwargs: Any) -> Any:
+    """Keep the weights of integers and truth values, such as labels. What is said of predictions is plain."""
+    return _say(func, func(*args, **kwargs), *args, **kwargs)
+
+
+@rule("isin")
+def _isin(func: Function, elements: Any, test_elements: Any, **kwargs: Any) -> Any:
+    return _say(func, func(elements, test_elements, **kwargs), elements)
+
+
+def move(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Move the weights with the same function, for functions that move the entries of their first argument.
 
-    The weights are expanded to the shape of the argument first. That takes memory only if the function copies them.
+    The number of each entry's weight is moved too, to see along which dimensions all still weigh the same. Reading that
+    waits for a GPU.
     """
-    out = func(x, *args, **kwargs)
-    return carry(out, func(x.weights.expand(x.shape), *args, **kwargs)) if isinstance(x, WeightedTensor) else out
+    out = func(input, *args, **kwargs)
+    if not isinstance(input, WeightedTensor):
+        raise lost(func, input, *args, **kwargs)
+    weights = input.weights
+    numbers = torch.arange(weights.numel(), device=weights.device).reshape(weights.shape).expand(input.shape)
+    weights, numbers = (func(part, *args, **kwargs) for part in (weights.expand(input.shape), numbers))
+    for d in range(out.ndim):
+        if out.size(d) > 1 and out.numel() and (numbers == numbers.narrow(d, 0, 1)).all():
+            weights = weights.narrow(d, 0, 1)
+    return carry(out, weights)
 
 
-@rule("sum", "mean")
-def reduce(func: Function, x: Tensor, *args: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+@rule("sum", "mean", "nansum", "nanmean")
+def reduce(func: Function, input: Tensor, *args: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """Apply the weights where entries of different weights are summed or averaged; keep them where all weigh the same.
 
     So ``losses.sum(1)`` of weights ``(N, 1)`` carries weights ``(N,)``. This also keeps a ratio of two such sums right.
     """
+    x = input
     if args and isinstance(args[-1], bool):
         *args, keepdim = args  # type: ignore[assignment]
     dims = _dims(args if args else dim)
     kwargs |= {"dim": dims, "keepdim": keepdim} if dims else {}
-    if not isinstance(x, WeightedTensor) or not (x.is_floating_point() or x.is_complex()):
-        return func(x, **kwargs)  # a sum of integers counts; it is no loss
+    if not isinstance(x, WeightedTensor):
+        return func(x, **kwargs)
     if dims and (rows := x.rows.remove(dims)) is not None:
         return carry(func(x, **kwargs), x.rows if keepdim else rows)
+    if isinstance(x, LatentTensor) or is_count(x):
+        return func(x, **kwargs)  # a sum of integers counts; it is no loss
     if kwargs or func not in _TOTALS or x.numel() < _LARGE:
         return func(scaled(x, x.weights), **kwargs)
     return _WeightedSum.apply(x.as_subclass(Tensor), x.weights, func)
@@ -95,25 +151,49 @@ class _WeightedSum(torch.autograd.Function):
 # What is detached is a constant: a target, such as an IoU, or a factor. What it is combined with has the weights.
 # Mask R-CNN crops the masks it is to predict with boxes numbered by weighted indices: the crops are targets.
 @rule(
-    *("detach", "argmax", "argmin", "argsort", "nonzero", "isnan", "isinf", "isfinite"),
-    *("new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
-    *("eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__"),
-    *("size", "dim", "numel", "__len__", "is_floating_point"),
+    *("isnan", "isinf", "isfinite", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"),
+    *("size", "dim", "numel", "__len__", "is_floating_point", "count_nonzero", "bincount", "equal", "tolist", "item"),
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda")),
+    Tensor.requires_grad.__set__,  # type: ignore[attr-defined]
     torch.ops.torchvision.roi_align,
 )
 def drop(func: Function, *args: Any, **kwargs: Any) -> Any:
-    """Drop the weights: the result is no loss and of no row, such as indices, masks and targets."""
+    """Drop the weights: the result is no loss and of no row, such as sizes, counts and targets."""
     return func(*args, **kwargs)
 
 
-def agreed_rows(func: Function, candidates: list[Rows]) -> Rows:
+@rule("any", "all", "argmax", "argmin")
+def _tell(func: Function, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+    """Keep the weights of labels and masks where each row of them is summed up; of predictions the result is plain."""
+    if dim is None:
+        return func(input, **kwargs)
+    out = func(input, dim, keepdim, **kwargs)
+    rows = input.rows.remove(_dims(dim)) if is_latent(input) else None  # type: ignore[attr-defined]
+    return out if rows is None else carry(out, input.rows if keepdim else rows)  # type: ignore[attr-defined]
+
+
+@rule("amax", "amin", "logsumexp")
+def _within(func: Function, input: WeightedTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    """Keep the weights of rows, one number of each of which is computed."""
+    dims = _dims(dim)
+    if not dims or (rows := input.rows.remove(dims)) is None:
+        raise lost(func, input, why=f"with dim {dim}")
+    return carry(func(input, dims, keepdim), input.rows if keepdim else rows)
+
+
+def agreed_rows(func: Function, candidates: list[Rows], *operands: Any) -> Rows:
     """Return the weights of the operands of one call. They must agree, and at least one operand must have some."""
     if not candidates:  # weights are nested somewhere in an argument
-        raise lost(func)
-    if (rows := agreed(candidates)) is None:  # otherwise, which weight would the result have?
-        raise NotImplementedError(f"{resolve_name(func)} was called on tensors of different loss weights.")
-    return rows
+        raise lost(func, *operands)
+    if len(candidates) == 1:
+        return candidates[0]
+    return agreed(
+        candidates,
+        lambda: (
+            f"{name_of(func)} was called on tensors of different loss weights, of shape {shapes_of(operands)}. Weigh "
+            "them alike, or detach() one that is a constant, such as a target."
+        ),
+    )
 
 
 def scaled(x: Tensor, weights: Tensor) -> Tensor:
@@ -129,178 +209,118 @@ def _dims(dim: Any) -> tuple[int, ...]:
 
 
 @rule(
-    *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "cpu", "cuda", "clone", "contiguous"),
-    *("expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like"),
+    *("to", "type_as", "float", "double", "half", "bfloat16", "long", "int", "bool", "cpu", "cuda", "clone"),
+    *("contiguous", "expand", "expand_as", "zeros_like", "ones_like", "full_like", "empty_like", "detach"),
 )
-def _like_first(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    out = func(x, *args, **kwargs)
-    if not isinstance(x, WeightedTensor) or out.dtype == torch.bool:
+def _like_first(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    out, x = func(input, *args, **kwargs), input
+    if not isinstance(x, WeightedTensor) or (is_count(out) and out.dtype == torch.bool and not is_latent(x)):
         return out
-    return carry(out, x.rows.pad(out.ndim) if out.device == x.device else pad(x.weights, out.ndim).to(out.device))
+    if func is Tensor.detach or func is torch.detach:
+        return carry(out, x.rows) if is_latent(x) else out
+    out = carry(out, x.rows.pad(out.ndim) if out.device == x.device else pad(x.weights, out.ndim).to(out.device))
+    if is_count(out):
+        out.__class__ = LatentTensor
+    return out
 
 
 @rule("view", "reshape", "view_as", "reshape_as", "flatten", "unflatten", "ravel", "squeeze")
-def _reshape(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    out = func(x, *args, **kwargs)
-    return carry(out, reshaped(x.weights, x.shape, out.shape)) if isinstance(x, WeightedTensor) else out
+def _reshape(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    out = func(input, *args, **kwargs)
+    if not isinstance(input, WeightedTensor):
+        return out
+    if out.numel() != input.numel():  # view(dtype) may cut an entry into several
+        raise lost(func, input, *args, **kwargs)
+    return carry(out, reshaped(input.weights, input.shape, out.shape))
 
 
 @rule("repeat")
-def _repeat(func: Function, x: WeightedTensor, *sizes: Any) -> Any:
-    return carry(func(x, *sizes), func(x.weights.expand(x.shape), *sizes))
+def _repeat(func: Function, input: WeightedTensor, *sizes: Any, repeats: Any = ()) -> Any:
+    counts = _dims(sizes or repeats)
+    weights = pad(input.weights, len(counts))
+    own = [1 if n == 1 else count for n, count in zip(weights.shape, counts, strict=True)]
+    return carry(func(input, counts), weights.repeat(own))
 
 
-@rule("transpose", "permute", "movedim", "swapaxes", "t", "unsqueeze")
-def _permute(func: Function, x: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
-    return carry(func(x, *args, **kwargs), func(x.weights, *args, **kwargs))
+@rule("transpose", "permute", "movedim", "moveaxis", "swapaxes", "swapdims", "t", "unsqueeze", "flip")
+def _permute(func: Function, input: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
+    """Move the weights as the dimensions are moved. One along which all weigh the same has size 1, and stays so."""
+    return carry(func(input, *args, **kwargs), func(input.weights, *args, **kwargs))
+
+
+@rule("roll")
+def _roll(func: Function, input: WeightedTensor, shifts: Any, dim: Any = None, **kwargs: Any) -> Any:
+    dims = _dims(kwargs.get("dims", dim))
+    weights = input.weights if dims or input.weights.numel() == 1 else input.weights.expand(input.shape)
+    return carry(func(input, shifts, dims), func(weights, shifts, dims))
+
+
+@rule("diagonal", "diag")
+def _diagonal(func: Function, input: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
+    return move(func, input, *args, **kwargs)
+
+
+@rule("narrow")
+def _narrow(func: Function, input: WeightedTensor, dim: int, start: Any, length: int) -> Any:
+    out = func(input, dim, start, length)
+    return carry(out, input.rows if input.rows.dims[dim] is None else func(input.weights, dim, start, length))
+
+
+@rule("select")
+def _select(func: Function, input: WeightedTensor, dim: int, index: int) -> Any:
+    rows = input.rows.remove((dim,))
+    return carry(func(input, dim, index), func(input.weights, dim, index) if rows is None else rows)
 
 
 @rule("unbind")
-def _unbind(func: Function, x: WeightedTensor, dim: int = 0) -> Any:
-    outs, rows = func(x, dim), x.rows.remove((dim,))
-    return tuple(map(carry, outs, x.weights.unbind(dim) if rows is None else [rows] * len(outs)))
+def _unbind(func: Function, input: WeightedTensor, dim: int = 0) -> Any:
+    outs, rows = func(input, dim), input.rows.remove((dim,))
+    return tuple(map(carry, outs, input.weights.unbind(dim) if rows is None else [rows] * len(outs)))
 
 
 @rule("split", "chunk")
-def _split(func: Function, x: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
-    outs = func(x, sizes, dim)
-    if x.rows.dims[dim] is None:
-        return tuple([carry(out, x.rows) for out in outs])
-    return tuple(carry(out, part) for out, part in zip(outs, func(x.weights, sizes, dim), strict=True))
+def _split(func: Function, input: WeightedTensor, sizes: Any, dim: int = 0) -> Any:
+    outs = func(input, sizes, dim)
+    if input.rows.dims[dim] is None:
+        return tuple([carry(out, input.rows) for out in outs])
+    return tuple(carry(out, part) for out, part in zip(outs, func(input.weights, sizes, dim), strict=True))
 
 
-@rule("cat", "concat")
+@rule("cat", "concat", "concatenate")
 def _cat(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    dim %= max(x.ndim for x in tensors)
-    return carry(func(tensors, dim), joined([weights_of(x) for x in tensors], [x.size(dim) for x in tensors], dim))
+    out = func(tensors, dim)
+    parts = [x for x in tensors if x.ndim == out.ndim]  # torch skips tensors of shape (0,) between others
+    dim %= out.ndim
+    return carry(out, joined([weights_of(x) for x in parts], [x.size(dim) for x in parts], dim))
 
 
 @rule("stack")
 def _stack(func: Function, tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    dim %= tensors[0].ndim + 1
-    out, rows = func(tensors, dim), [x.rows for x in tensors if type(x) is WeightedTensor]
+    out = func(tensors, dim)
+    dim, rows = dim % out.ndim, [x.rows for x in tensors if isinstance(x, WeightedTensor)]
     if len(rows) == len(tensors) and all(map(rows[0].same, rows)):
         return carry(out, rows[0].insert(dim))
     return carry(out, joined([weights_of(x).unsqueeze(dim) for x in tensors], [1] * len(tensors), dim))
 
 
-def _indexed(x: WeightedTensor, entries: tuple[Any, ...]) -> Rows:
-    rows = x.rows.sliced(entries)
-    return x.rows.gathered(x.shape, entries) if rows is None else rows
-
-
-@rule("__getitem__")
-def _getitem(func: Function, x: Tensor, index: Any) -> Any:
-    out = func(x, index)
-    entries = index if isinstance(index, tuple) else (index,)
-    carried = [_indexed(x, entries)] if type(x) is WeightedTensor else []
-    if WeightedTensor in map(type, entries):
-        # Rows gathered by an object's index get its weight. They lie along the first dimensions if the index starts
-        # with tensors, side by side.
-        indices = [entry for entry in entries if isinstance(entry, Tensor)]
-        if any(i is not e or i.dtype in (torch.bool, torch.uint8) for i, e in zip(indices, entries, strict=False)):
-            raise lost(func, x, index)
-        ndim = max(i.ndim for i in indices)
-        rows = [i.rows.pad(ndim) for i in indices if isinstance(i, WeightedTensor)]
-        carried += [r.append(out.ndim) for r in rows]
-    return carry(out, agreed_rows(func, carried))
-
-
-@rule("__setitem__")
-def _setitem(func: Function, x: Tensor, index: Any, value: Any) -> None:
-    if not isinstance(x, WeightedTensor):
-        raise lost(func, x, index, value)
-    if isinstance(value, WeightedTensor):
-        entries = index if isinstance(index, tuple) else (index,)
-        agreed_rows(func, [_indexed(x, entries), value.rows])
-    func(x, index, value)
-
-
-@rule("where")
-def _where(func: Function, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return elementwise(func, condition, *args, **kwargs) if args or kwargs else func(condition)
-
-
-@rule("max", "min")
-def _extreme(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(operand, Tensor) for operand in (*args, *kwargs.values())):
-        return elementwise(func, x, *args, **kwargs)
-    if not args and "dim" not in kwargs:
-        raise lost(func, x)
-    return _sort(func, x, *args, **kwargs)
-
-
-@rule("sort")
-def _sort(func: Function, x: Tensor, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    """Give each value along ``dim`` the weight of the entry it comes from."""
-    result = func(x, dim, *args, **kwargs)
-    values, indices = result
-    weights = weights_of(x)
-    if weights.size(dim) > 1:
-        places = indices if indices.ndim == x.ndim else indices.unsqueeze(dim)
-        weights = torch.take_along_dim(weights.expand(x.shape), places, dim)
-    return type(result)((carry(values, weights if values.ndim == x.ndim else weights.squeeze(dim)), indices))
-
-
-@rule("topk")
-def _topk(func: Function, x: WeightedTensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> Any:
-    return _sort(lambda x, dim: func(x, k, dim, *args, **kwargs), x, dim)
-
-
 @rule("interpolate", "grid_sample")
-def _resample(func: Function, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _resample(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Keep the weights of maps ``(N, C, ...)`` that are sampled one by one, at points without weights."""
     points = any(isinstance(arg, WeightedTensor) for arg in (*args, *kwargs.values()))
-    if points or any(weights_of(x).size(d) > 1 for d in range(2, x.ndim)):
-        raise lost(func, x, *args, **kwargs)
-    return carry(func(x, *args, **kwargs), weights_of(x))
+    if points or any(weights_of(input).size(d) > 1 for d in range(2, input.ndim)):
+        raise lost(func, input, *args, **kwargs)
+    return carry(func(input, *args, **kwargs), weights_of(input))
 
 
 @rule("softmax", "log_softmax")
-def _along(func: Function, x: WeightedTensor, dim: int, *args: Any, **kwargs: Any) -> Any:
-    if x.rows.dims[dim] is not None:  # the result would mix entries of different weights
-        raise lost(func, x)
-    return carry(func(x, dim, *args, **kwargs), x.rows)
+def _along(func: Function, input: WeightedTensor, dim: int | None = None, *args: Any, **kwargs: Any) -> Any:
+    if dim is None or input.rows.dims[dim] is not None:  # the result would mix entries of different weights
+        raise lost(func, input, why=f"with dim {dim}")
+    return carry(func(input, dim, *args, **kwargs), input.rows)
 
 
-@rule("l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "kl_div")
-def _loss(func: Function, *args: Any, reduction: str = "mean", **kwargs: Any) -> Any:
-    loss = elementwise(func, *args, reduction="none", **kwargs)
-    # A dense gradient, as the stock loss has: its kernel rounds differently on an expanded one.
-    if reduction == "none":
-        return loss
-    if reduction == "batchmean":
-        return scaled(loss, loss.weights).sum() / loss.size(0)
-    return getattr(Tensor, reduction)(scaled(loss, loss.weights))
-
-
-@rule("binary_cross_entropy", "binary_cross_entropy_with_logits")
-def _binary_cross_entropy(
-    func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
-) -> Any:
-    if reduction == "none":
-        return elementwise(func, x, y, weight=weight, reduction="none", **kwargs)
-    # As the function's own factor, weights keep the order in which it divides its gradient by the mean's count.
-    weights = agreed_rows(func, [part.rows for part in (x, y, weight) if isinstance(part, WeightedTensor)]).weights
-    return func(x, y, weights if weight is None else weights * weight, reduction=reduction, **kwargs)
-
-
-@rule("cross_entropy")
-def _cross_entropy(
-    func: Function, x: Tensor, y: Tensor, weight: Tensor | None = None, *, reduction: str = "mean", **kwargs: Any
-) -> Any:
-    classes = 1 if x.ndim > 1 else 0
-    carried = [x.rows] if isinstance(x, WeightedTensor) else []
-    if isinstance(y, WeightedTensor):
-        carried.append(y.rows if y.ndim == x.ndim else y.rows.insert(classes))
-    rows = agreed_rows(func, carried)
-    smooth = kwargs.pop("label_smoothing", 0.0)
-    own = rows.remove((classes,))
-    if own is None or (reduction != "none" and (smooth or y.is_floating_point())):
-        raise lost(func, x, y)
-    if reduction == "none":
-        loss = func(x, y, weight, reduction="none", label_smoothing=smooth, **kwargs)
-        return carry(loss, own)
-    # Scaling the log-probabilities keeps nll_loss's own summation order and so its bits; scaling its output would not.
-    x = x.float() if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64 else x
-    return F.nll_loss(scaled(F.log_softmax(x, classes), rows.weights), y, weight, reduction=reduction, **kwargs)
+@rule("__deepcopy__")
+def _deepcopy(func: Function, input: WeightedTensor, *args: Any) -> Any:
+    out = carry(func(input.as_subclass(Tensor), *args), input.rows)
+    out.__class__ = type(input)
+    return out

@@ -5,6 +5,9 @@ Loss code written without weights runs on it unchanged. Every function of torch 
 multiplied by its own weight first. `RULES` says which. A function without a rule raises, so no weight is lost silently.
 """
 
+import functools
+import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -25,12 +28,15 @@ RULES: dict[Function, Rule] = {}
 
 
 def rule(*functions: str | Function) -> Callable[[Rule], Rule]:
-    """Register a rule for functions: torch's by name, wherever `Tensor`, `torch` and its ``functional`` have it."""
+    """Register a rule for functions: torch's by name, wherever `Tensor`, `torch` and its ``functional`` have it.
+
+    The parameters of the rule have torch's names, so that it can be called as the function is; see `OTHER_NAMES`.
+    """
 
     def register(made: Rule) -> Rule:
         for function in functions:
             if isinstance(function, str):
-                homes = [home for home in (Tensor, torch, F) if hasattr(home, function)]
+                homes = [home for home in (Tensor, torch, F) if callable(getattr(home, function, None))]
                 RULES.update({getattr(home, function): made for home in homes})
             else:
                 RULES[function] = made
@@ -39,10 +45,24 @@ def rule(*functions: str | Function) -> Callable[[Rule], Rule]:
     return register
 
 
+OTHER_NAMES = {
+    "axis": "dim",
+    "keepdims": "keepdim",
+    **dict.fromkeys(("x", "a", "x1", "self", "tensor"), "input"),
+    "x2": "other",
+    **dict.fromkeys(("split_size", "split_size_or_sections", "chunks"), "sizes"),
+}
+"""Other names that torch has for a parameter of a rule."""
+
+
 class WeightedTensor(Tensor):
     """A tensor whose entries count ``weights`` times in a sum or a mean. `weighted` makes one."""
 
     rows: Rows
+
+    def __init_subclass__(cls) -> None:
+        """Leave operations on the class out of the graphs of torch.compile, which cannot hold weights."""
+        torch._dynamo.config.nontraceable_tensor_subclasses.add(cls)
 
     @property
     def weights(self) -> Tensor:
@@ -52,10 +72,62 @@ class WeightedTensor(Tensor):
     @classmethod
     def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the rule of ``func``, which sees the tensors as plain ones."""
-        kwargs = kwargs or {}
         with DisableTorchFunctionSubclass():
-            rule = refuse if kwargs.get("out") is not None else RULES.get(func, _call_unknown)
-            return rule(func, *args, **kwargs)
+            chosen: Rule = RULES.get(func, _call_unknown)
+            if not kwargs:
+                return chosen(func, *args)
+            if kwargs.get("out") is not None:
+                raise lost(func, *args, **kwargs)
+            names, is_open = _parameters(chosen)
+            if not (names.issuperset(kwargs) or (is_open and _OTHER.isdisjoint(kwargs))):
+                kwargs = _renamed(func, names, is_open, kwargs)
+            return chosen(func, *args, **kwargs)
+
+
+_OTHER = frozenset(OTHER_NAMES)
+
+
+def _run_outside_of_graphs(method: Any) -> None:
+    """Tell torch.compile not to trace a function. `torch.compiler.disable` says so too, at a cost for each call."""
+    method._torchdynamo_disable = True
+    torch._dynamo.eval_frame.skip_code(method.__code__)
+
+
+WeightedTensor.__init_subclass__()
+_run_outside_of_graphs(WeightedTensor.__torch_function__.__func__)  # type: ignore[attr-defined]
+
+
+class LatentTensor(WeightedTensor):
+    """Integers, truth values, and floats made of these alone, with the weights of the rows that they are about.
+
+    A sum of them is a count and uses no weights. They pass their weights on: to what they index, and to the floats that
+    they are combined with.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Function, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the rule of ``func``. Its results are latent if they are no floats, or made of latent ones alone."""
+        out = super().__torch_function__(func, types, args, kwargs)
+        if type(out) is LatentTensor or not isinstance(out, Tensor | tuple | list):
+            return out
+        with DisableTorchFunctionSubclass():
+            real: bool | None = None
+            for x in (out,) if isinstance(out, Tensor) else out:
+                if type(x) is not WeightedTensor:
+                    continue
+                if real is None and not is_count(x):
+                    operands = args[:1] if func in _LIKE_FIRST else (args, kwargs)
+                    real = any(
+                        isinstance(y, Tensor) and not isinstance(y, LatentTensor) and not is_count(y)
+                        for y in tree_leaves(operands)
+                    )
+                if not real or is_count(x):
+                    x.__class__ = LatentTensor
+        return out
+
+
+_LIKE_FIRST = (Tensor.type_as, Tensor.to, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as)
+"""Functions of which the second argument only says what the result is to be like."""
 
 
 def weighted(x: Tensor, weights: Tensor) -> WeightedTensor:
@@ -65,7 +137,9 @@ def weighted(x: Tensor, weights: Tensor) -> WeightedTensor:
     of entries, not by the sum of the weights.
 
     Args:
-        x: Any tensor. An index of integers passes its weights on to what it gathers.
+        x: Any tensor. One that has weights already counts the product of both. Integers and truth values, such as
+            labels, indices and masks, pass their weights on to what they index and to the floats they are combined
+            with; a sum of them is a count and uses no weights.
         weights: Floating point, of a shape that broadcasts to that of ``x``, such as ``(N, 1)`` for one weight a row.
 
     Raises:
@@ -77,9 +151,26 @@ def weighted(x: Tensor, weights: Tensor) -> WeightedTensor:
         >>> (2 * rows).sum()  # 2 * (0.5 * (1 + 2) + 1.0 * (3 + 4))
         tensor(17.)
     """
-    if not fits(weights, x.shape):
-        raise ValueError(f"weights of shape {tuple(weights.shape)} do not broadcast to the tensor's {tuple(x.shape)}.")
-    return carry(x.as_subclass(WeightedTensor), pad(weights, x.ndim))
+    with DisableTorchFunctionSubclass():
+        if not fits(weights, x.shape):
+            raise ValueError(
+                f"weights of shape {tuple(weights.shape)} do not broadcast to the tensor's {tuple(x.shape)}."
+            )
+        own = pad(weights, x.ndim)
+        if isinstance(x, WeightedTensor):
+            own = x.weights * own
+        latent = isinstance(x, LatentTensor) or is_count(x)
+        return carry(x.as_subclass(LatentTensor if latent else WeightedTensor), own)
+
+
+def is_count(x: Tensor) -> bool:
+    """Tell whether the entries are integers or truth values: a sum of them is no loss."""
+    return not (x.dtype.is_floating_point or x.dtype.is_complex)
+
+
+def is_latent(x: Any) -> bool:
+    """Tell whether this is a tensor with weights that a sum of it does not use."""
+    return isinstance(x, LatentTensor) or (isinstance(x, WeightedTensor) and is_count(x))
 
 
 def weights_of(x: Tensor) -> Tensor:
@@ -95,15 +186,24 @@ def carry(x: Tensor, weights: Rows | Tensor) -> WeightedTensor:
     """
     if type(x) is Tensor:
         x.__class__ = WeightedTensor
-    elif type(x) is not WeightedTensor or "rows" in x.__dict__:  # a function may return its argument
+    elif not isinstance(x, WeightedTensor) or "rows" in x.__dict__:  # a function may return its argument
         x = x.as_subclass(WeightedTensor)
     x.rows = weights if isinstance(weights, Rows) else Rows.of(weights)  # type: ignore[attr-defined]
     return x  # type: ignore[return-value]
 
 
+_OPERATORS = frozenset(dir(operator)) | {"div"}
+
+
 def _call_unknown(func: Function, *args: Any, **kwargs: Any) -> Any:
+    name = getattr(func, "__name__", "")
+    writes = name.endswith("_") and not name.endswith("__")
+    writes = writes or (name.startswith("__i") and name[3:-2] in _OPERATORS) or kwargs.get("inplace")
+    if writes or name in ("__set__", "__delete__"):  # before anything is written
+        raise lost(func, *args, **kwargs)
     out = func(*args, **kwargs)
-    if any(isinstance(leaf, Tensor) and leaf.dtype != torch.bool for leaf in tree_leaves(out)):
+    latent = any(is_latent(leaf) for leaf in tree_leaves((args, kwargs)))
+    if any(isinstance(leaf, Tensor) and (latent or leaf.dtype != torch.bool) for leaf in tree_leaves(out)):
         raise lost(func, *args, **kwargs)
     return out  # a shape, a dtype, a number, a comparison
 
@@ -114,12 +214,47 @@ def refuse(func: Function, *args: Any, **kwargs: Any) -> Any:
     raise lost(func, *args, **kwargs)
 
 
-def lost(func: Function, *args: Any, **kwargs: Any) -> NotImplementedError:
-    """Make the error for a call that would lose weights."""
-    carriers = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, WeightedTensor)]
-    shapes = " and ".join(f"{tuple(x.shape)} with weights {tuple(x.weights.shape)}" for x in carriers)
-    name = resolve_name(func) or getattr(func, "__name__", repr(func))
+@functools.cache
+def _parameters(rule: Rule) -> tuple[frozenset[str], bool]:
+    """Return the names of a rule's parameters, and whether it takes others."""
+    parameters = list(inspect.signature(rule).parameters.values())[1:]
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return frozenset(names), any(p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def _renamed(func: Function, names: frozenset[str], is_open: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Call arguments as the rule calls them, and refuse one that it does not know."""
+    result = {}
+    for key, value in kwargs.items():
+        name = key if key in names else OTHER_NAMES.get(key, key)
+        name = name if name in names else key
+        if name not in names and not is_open:
+            raise NotImplementedError(
+                f"{name_of(func)} was called with {key}=, which its rule for loss weights does not know. Call it "
+                f"without {key}, or replace its rule: detmix.losses.RULES[{name_of(func)}] = rule."
+            )
+        if name in result:
+            raise TypeError(f"{name_of(func)} was called with {name} twice, as {', '.join(kwargs)}.")
+        result[name] = value
+    return result
+
+
+def name_of(func: Function) -> str:
+    """Return the name of a function of torch, as one calls it."""
+    return str(resolve_name(func) or getattr(func, "__name__", repr(func)))
+
+
+def shapes_of(*args: Any) -> str:
+    """Return the shapes of all tensors with weights in the arguments of a call, for its error."""
+    carriers = [leaf for leaf in tree_leaves(args) if isinstance(leaf, WeightedTensor)]
+    return " and ".join(f"{tuple(x.shape)} with weights {tuple(x.weights.shape)}" for x in carriers)
+
+
+def lost(func: Function, *args: Any, why: str = "", **kwargs: Any) -> NotImplementedError:
+    """Make the error for a call that would lose weights. ``why`` names the argument that no rule allows for."""
+    name, why = name_of(func), f", {why}" if why else ""
     return NotImplementedError(
-        f"{name}, called on a tensor of shape {shapes}, has no rule that keeps these loss weights. Add one with "
-        f"detmix.losses.RULES[{name}] = rule, where rule is elementwise, move, reduce or drop of detmix.losses."
+        f"{name}, called on a tensor of shape {shapes_of(args, kwargs)}{why}, has no rule that keeps these loss "
+        f"weights. Add one with detmix.losses.RULES[{name}] = rule, where rule is elementwise, move, reduce or drop of "
+        f"detmix.losses."
     )

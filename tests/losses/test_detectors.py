@@ -11,7 +11,7 @@ from torch import nn
 from torchvision.models.detection.roi_heads import keypoints_to_heatmap, project_masks_on_boxes
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from detmix.losses import match_weights, weight_losses
+from detmix.losses import match_weights, weight_losses, weighted
 from detmix.losses.box_weights import check_weights
 from tests.losses.tiny import (
     CLASSES,
@@ -384,7 +384,9 @@ def test_proposals_and_samples_of_a_weighted_rcnn_are_plain_tensors():
     proposals, _ = model.rpn(images, features, targets)
     assert all(type(x) is torch.Tensor for x in (*calls[0][3], *sampled[0][0]))
     chosen, _, _, goals = model.roi_heads.select_training_samples(proposals, targets)
-    assert all(type(x) is torch.Tensor for x in (*proposals, *chosen, *goals))
+    assert all(type(x) is torch.Tensor for x in (*proposals, *goals))
+    mask = weighted(torch.ones(len(chosen[0]), dtype=torch.bool), torch.rand(len(chosen[0])))
+    assert all(type(x) is torch.Tensor for x in (torch.cat(chosen), chosen[0][mask], chosen[0] + 1))
 
 
 # ---- mistakes of the caller ----
