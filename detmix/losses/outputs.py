@@ -8,7 +8,7 @@ is read.
 import copy
 import dataclasses
 from collections.abc import Collection, Mapping, MutableMapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,30 +109,39 @@ def weigh_outputs(
         rows: Weights ``(batch, queries)``.
         constants: Names of outputs that stay as they are.
     """
+    with DisableTorchFunctionSubclass():
+        return _Weigher((batch, queries), rows, constants).changed(_fields(outputs) or {}, "outputs", True)
 
-    def replace(value: Any, path: str, is_own: bool) -> Any:
+
+class _Weigher(NamedTuple):
+    """Replace outputs. Functions that call each other would be a cycle, and keep the memory of each step."""
+
+    size: tuple[int, int | None]
+    rows: Rows | None
+    constants: Collection[str]
+
+    def replaced(self, value: Any, path: str, is_own: bool) -> Any:
         if isinstance(value, Tensor):
             if not _is_floating(value):
                 return value
-            if is_own and rows is not None and value.shape[:2] == (batch, queries):
-                return carry(value.as_subclass(WeightedTensor), rows.append(value.ndim))
-            return _guard(value, path, (batch, queries), is_own)
+            if is_own and self.rows is not None and value.shape[:2] == self.size:
+                return carry(value.as_subclass(WeightedTensor), self.rows.append(value.ndim))
+            return _guard(value, path, self.size, is_own)
         if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-            new = [replace(part, f"{path}[{i}]", False) for i, part in enumerate(value)]
+            new = [self.replaced(part, f"{path}[{i}]", False) for i, part in enumerate(value)]
             return value if all(a is b for a, b in zip(value, new, strict=True)) else type(value)(new)
         if (fields := _fields(value)) is None:
             return value
         is_own = is_own and not any(isinstance(fields.get(name), Tensor) for name in PREDICTIONS)
-        return replace_fields(value, changed(fields, path, is_own))
+        return replace_fields(value, self.changed(fields, path, is_own))
 
-    def changed(fields: Mapping[str, Any], path: str, is_own: bool) -> dict[str, Any]:
+    def changed(self, fields: Mapping[str, Any], path: str, is_own: bool) -> dict[str, Any]:
         made = {
-            name: replace(value, f"{path}[{name!r}]", is_own) for name, value in fields.items() if name not in constants
+            name: self.replaced(value, f"{path}[{name!r}]", is_own)
+            for name, value in fields.items()
+            if name not in self.constants
         }
         return {name: value for name, value in made.items() if value is not fields[name]}
-
-    with DisableTorchFunctionSubclass():
-        return changed(_fields(outputs) or {}, "outputs", True)
 
 
 def replace_fields(outputs: Any, changed: Mapping[str, Any]) -> Any:
