@@ -17,7 +17,7 @@ from detmix.mixing.merge import merge_targets
 from detmix.mixing.plan import Mix
 from detmix.visualize import draw_sample
 from tests.conftest import assert_same, make_sample
-from tests.losses.tiny import assert_same_bits, batch, losses_on, split, tiny, weighted_copy
+from tests.losses.tiny import WEIGHTS, assert_same_bits, batch, losses_on, tiny, weighted_copy
 from tests.losses.tiny_transformers import build, labels
 
 KINDS = [BatchFeature, UserDict, OrderedDict, MappingProxyType]
@@ -87,7 +87,7 @@ def test_any_mapping_is_transformed_and_drawn(kind):
 def test_any_mapping_is_weighted_in_torchvision(kind, name):
     stock = tiny(name)
     model = weighted_copy(stock)
-    for weights in (None, split([0.3, 0.0, 1.7, 0.9, 0.4])):
+    for weights in (None, WEIGHTS):
         images, targets = batch(weights)
         expected = losses_on(model if weights else stock, images, targets)
         assert_same_bits(losses_on(model, images, [kind(target) for target in targets]), expected)

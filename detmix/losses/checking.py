@@ -120,7 +120,7 @@ def check_weighting(
         raise ValueError("batch must hold a box, but none of its targets has one.")
     run = losses or _call
     with _kept(model):
-        stock, again = (_run(model, run, _with(batch, None)) for _ in range(2))
+        stock, again = _run(model, run, _with(batch, None)), _run(model, run, _with(batch, None), gradients=False)
         for name, value in stock.values.items():
             if not _same(again.values[name], value):
                 raise ValueError(
@@ -129,7 +129,8 @@ def check_weighting(
                 )
         if unknown := sorted(set(unweighted) - stock.values.keys()):
             raise ValueError(f"unweighted must name losses of {sorted(stock.values)}, but it holds {unknown[0]!r}.")
-        one, between, zero = (_run(model, run, _with(batch, value)) for value in (1.0, weight, 0.0))
+        one, zero = (_run(model, run, _with(batch, value)) for value in (1.0, 0.0))
+        between = _run(model, run, _with(batch, weight), gradients=False)
     terms = []
     for name in stock.values:
         runs = stock, one, between, zero
@@ -150,17 +151,17 @@ class _Run:
     gradients: Mapping[str, Sequence[Tensor | None]]
 
 
-def _run(model: nn.Module, losses: Losses, batch: Any) -> _Run:
+def _run(model: nn.Module, losses: Losses, batch: Any, gradients: bool = True) -> _Run:
     with torch.random.fork_rng([i for i in {p.device.index for p in model.parameters() if p.is_cuda} if i is not None]):
         torch.manual_seed(0)
         found = _named(losses(model, batch))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = {
+    computed = {
         name: torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         for name, value in found.items()
-        if value.requires_grad and parameters
+        if gradients and value.requires_grad and parameters
     }
-    return _Run({name: value.detach() for name, value in found.items()}, gradients)
+    return _Run({name: value.detach() for name, value in found.items()}, computed)
 
 
 def _fault(name: str, runs: Sequence[_Run], weight: float, of_objects: bool) -> str:
@@ -229,24 +230,15 @@ def _targets(batch: Any) -> Sequence[Mapping[str, Any]]:
     return targets
 
 
-def _replace(batch: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Any:
-    changed = [change(dict(target)) for target in _targets(batch)]
+def _with(batch: Any, weight: float | None) -> Any:
+    """Give all boxes one weight, or none."""
+    changed = [{key: value for key, value in target.items() if key != "weights"} for target in _targets(batch)]
+    if weight is not None:
+        for target in changed:
+            target["weights"] = torch.full((len(target["boxes"]),), weight, device=target["boxes"].device)
     if not isinstance(batch, Mapping):
         return (batch[0], changed, *batch[2:])
     return {**batch, "labels" if "labels" in batch else "targets": changed}
-
-
-def _with(batch: Any, weight: float | None) -> Any:
-    """Give all boxes one weight, or none."""
-
-    def change(target: dict[str, Any]) -> dict[str, Any]:
-        target.pop("weights", None)
-        if weight is not None:
-            boxes = target["boxes"]
-            target["weights"] = torch.full((len(boxes),), weight, device=boxes.device)
-        return target
-
-    return _replace(batch, change)
 
 
 @contextmanager

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch._functorch import eager_transforms, vmap
 from torch.utils import checkpoint
 
-from detmix.losses.weighted_tensor import RULES, WeightedTensor, lost
+from detmix.losses.weighted_tensor import RULES, WeightedTensor, lost, stripped
 
 Call = Callable[..., Any]
 
@@ -45,7 +44,6 @@ def watched(call: Call, take: Call) -> Call:
             return take(call, *args, **kwargs)
         return call(*args, **kwargs)
 
-    check.__wrapped__ = call
     return check
 
 
@@ -98,13 +96,9 @@ def _run_function(call: Call, cls: Any, *args: Any, **kwargs: Any) -> Any:
         raise lost(cls, *args, **kwargs)
 
     def run(*given: Any, **named: Any) -> Any:  # forward and backward see plain tensors
-        return call(cls, *map(_plain, given), **{name: _plain(value) for name, value in named.items()})
+        return call(cls, *stripped(given), **stripped(named))
 
     return rule(run, *args, **kwargs)
-
-
-def _plain(value: Any) -> Any:
-    return value.as_subclass(Tensor) if isinstance(value, WeightedTensor) else value
 
 
 def _refuse_backward(call: Call, *args: Any, **kwargs: Any) -> Any:

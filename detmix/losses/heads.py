@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
-from torch.utils._pytree import tree_map_only
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.roi_heads import RoIHeads
@@ -23,7 +22,7 @@ from torchvision.models.detection.ssd import SSD
 from detmix.losses.box_weights import eager, weigh_rows, weigh_targets
 from detmix.losses.options import DEFAULT, Weighting
 from detmix.losses.transformers import rebound
-from detmix.losses.weighted_tensor import LatentTensor, WeightedTensor, weighted, weights_of
+from detmix.losses.weighted_tensor import LatentTensor, WeightedTensor, stripped, weighted, weights_of
 from detmix.targets import Target
 
 
@@ -142,7 +141,7 @@ class _Matches(LatentTensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__getitem__ and isinstance(args[0], _Matches):
-            args = args[0], tree_map_only(WeightedTensor, lambda x: x.as_subclass(Tensor), args[1])
+            args = args[0], stripped(args[1])
         return super().__torch_function__(func, types, args, kwargs)
 
 
@@ -293,7 +292,7 @@ def _picked(function: Callable[..., Any], terms: tuple[str, ...], weighting: Wei
             result = function(*given)
             return dict(zip(terms, result if isinstance(result, tuple) else (result,), strict=True))
 
-        plain = tree_map_only(WeightedTensor, lambda x: x.as_subclass(Tensor), args)
+        plain = stripped(args)
         picked = tuple(weighting.pick(losses(*args), lambda: losses(*plain)).values())
         return picked if len(picked) > 1 else picked[0]
 

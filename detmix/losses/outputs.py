@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass
-from torch.overrides import resolve_name
 from torch.utils._pytree import tree_leaves
 
 from detmix.losses.rows import Rows
-from detmix.losses.weighted_tensor import WeightedTensor, carry
+from detmix.losses.weighted_tensor import WeightedTensor, carry, is_count, name_of
 
 PREDICTIONS = ("pred_logits", "logits", "pred_boxes", "pred_corners", "pred_masks", "teacher_logits")
 """Outputs that tell the number of queries: DETR's names and later ones."""
@@ -43,8 +42,7 @@ class UnweightedOutput(WeightedTensor):
                 out = func(*args, **(kwargs or {}))
                 return out.as_subclass(Tensor) if isinstance(out, Tensor) else out
             found = next(x for x in tree_leaves((args, kwargs)) if isinstance(x, cls))
-            name = resolve_name(func) or getattr(func, "__name__", repr(func))
-            raise NotImplementedError(f"{name} was called on {_describe(found)}")
+            raise NotImplementedError(f"{name_of(func)} was called on {_describe(found)}")
 
 
 # What is detached is a constant, as in any rule of WeightedTensor.
@@ -82,7 +80,7 @@ def count_queries(outputs: Any, batch: int, constants: Collection[str]) -> int |
     told = {
         name: tuple(x.shape)
         for name, x in fields.items()
-        if name not in constants and _is_floating(x) and x.ndim > 1 and x.shape[0] == batch
+        if name not in constants and isinstance(x, Tensor) and not is_count(x) and x.ndim > 1 and x.shape[0] == batch
     }
     counts = {shape[1] for shape in told.values()}
     if len(counts) > 1:
@@ -122,7 +120,7 @@ class _Weigher(NamedTuple):
 
     def replaced(self, value: Any, path: str, is_own: bool) -> Any:
         if isinstance(value, Tensor):
-            if not _is_floating(value):
+            if is_count(value):
                 return value
             if is_own and self.rows is not None and value.shape[:2] == self.size:
                 return carry(value.as_subclass(WeightedTensor), self.rows.append(value.ndim))
@@ -173,10 +171,6 @@ def _fields(outputs: Any) -> Mapping[str, Any] | None:
     if dataclasses.is_dataclass(outputs) and not isinstance(outputs, type):
         return {field.name: getattr(outputs, field.name) for field in dataclasses.fields(outputs)}
     return None
-
-
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _guard(value: Tensor, path: str, size: tuple[int, int | None], is_own: bool) -> Tensor:

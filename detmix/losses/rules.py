@@ -51,22 +51,11 @@ def _say(func: Function, out: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @rule(
-    *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal"),
-    *(
-        "__eq__",
-        "__ne__",
-        "__lt__",
-        "__le__",
-        "__gt__",
-        "__ge__",
-        "__and__",
-        "__or__",
-        "__xor__",
-        "__rand__",
-        "__ror__",
-    ),
-    *("__rxor__", "__invert__", "bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not", "logical_and", "logical_or"),
-    *("logical_xor", "logical_not", "isclose"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "not_equal", "less", "less_equal", "greater", "greater_equal", "isclose"),
+    *("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"),
+    *("__and__", "__or__", "__xor__", "__rand__", "__ror__", "__rxor__", "__invert__"),
+    *("bitwise_and", "bitwise_or", "bitwise_xor", "bitwise_not"),
+    *("logical_and", "logical_or", "logical_xor", "logical_not"),
 )
 def compare(func: Function, *args: Any, **kwargs: Any) -> Any:
     """Keep the weights of integers and truth values, such as labels. What is said of predictions is plain."""
@@ -78,6 +67,7 @@ def _isin(func: Function, elements: Any, test_elements: Any, **kwargs: Any) -> A
     return _say(func, func(elements, test_elements, **kwargs), elements)
 
 
+@rule("diagonal", "diag")
 def move(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Move the weights with the same function, for functions that move the entries of their first argument.
 
@@ -111,7 +101,7 @@ def reduce(func: Function, input: Tensor, *args: Any, dim: Any = None, keepdim: 
         return func(x, **kwargs)
     if dims and (rows := x.rows.remove(dims)) is not None:
         return carry(func(x, **kwargs), x.rows if keepdim else rows)
-    if isinstance(x, LatentTensor) or is_count(x):
+    if is_latent(x):
         return func(x, **kwargs)  # a sum of integers counts; it is no loss
     if kwargs or func not in _TOTALS or x.numel() < _LARGE:
         return func(scaled(x, x.weights), **kwargs)
@@ -214,7 +204,7 @@ def _dims(dim: Any) -> tuple[int, ...]:
 )
 def _like_first(func: Function, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     out, x = func(input, *args, **kwargs), input
-    if not isinstance(x, WeightedTensor) or (is_count(out) and out.dtype == torch.bool and not is_latent(x)):
+    if not isinstance(x, WeightedTensor) or (out.dtype == torch.bool and not is_latent(x)):
         return out
     if func is Tensor.detach or func is torch.detach:
         return carry(out, x.rows) if is_latent(x) else out
@@ -253,11 +243,6 @@ def _roll(func: Function, input: WeightedTensor, shifts: Any, dim: Any = None, *
     dims = _dims(kwargs.get("dims", dim))
     weights = input.weights if dims or input.weights.numel() == 1 else input.weights.expand(input.shape)
     return carry(func(input, shifts, dims), func(weights, shifts, dims))
-
-
-@rule("diagonal", "diag")
-def _diagonal(func: Function, input: WeightedTensor, *args: Any, **kwargs: Any) -> Any:
-    return move(func, input, *args, **kwargs)
 
 
 @rule("narrow")

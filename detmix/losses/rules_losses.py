@@ -52,8 +52,7 @@ def _loss(
     weight: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    if size_average is not None or reduce is not None:
-        reduction = _reduction(reduction, size_average, reduce)
+    reduction = _reduction(reduction, size_average, reduce)
     if func is F.l1_loss and weight is None:
         weight = _weight_of_l1_loss()
     if weight is not None:
@@ -83,8 +82,7 @@ def _binary_cross_entropy(
     reduce: bool | None = None,
     pos_weight: Tensor | None = None,
 ) -> Any:
-    if size_average is not None or reduce is not None:
-        reduction = _reduction(reduction, size_average, reduce)
+    reduction = _reduction(reduction, size_average, reduce)
     if isinstance(pos_weight, WeightedTensor):
         raise lost(func, input, target, weight, pos_weight, why="with pos_weight that has weights")
     options = {} if pos_weight is None else {"pos_weight": pos_weight}
@@ -113,8 +111,7 @@ def _cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
 ) -> Any:
-    if size_average is not None or reduce is not None:
-        reduction = _reduction(reduction, size_average, reduce)
+    reduction = _reduction(reduction, size_average, reduce)
     x, y = input, target
     if isinstance(weight, WeightedTensor):
         raise lost(func, x, y, weight, why="with a weight of classes that has weights")

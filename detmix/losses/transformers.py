@@ -57,14 +57,20 @@ _signature = functools.cache(inspect.signature)
 
 def weighted_criteria(function: Any, weighting: Weighting = DEFAULT) -> dict[str, type]:
     """Make weighted subclasses of the criteria that a function names, by name; empty if it names none."""
-    if not isinstance(function, FunctionType) or function.__closure__:
+    if getattr(function, "__closure__", None):
         return {}
-    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
     return {
         name: weighted_criterion(criterion, weighting)  # type: ignore[arg-type]  # mypy: modules are no hashables
-        for name, criterion in named.items()
-        if isinstance(criterion, type) and issubclass(criterion, nn.Module) and hasattr(criterion, "get_loss")
+        for name, criterion in _named_classes(function).items()
+        if issubclass(criterion, nn.Module) and hasattr(criterion, "get_loss")
     }
+
+
+def _named_classes(function: Any) -> dict[str, type]:
+    if not isinstance(function, FunctionType):
+        return {}
+    named = {name: function.__globals__.get(name) for name in function.__code__.co_names}
+    return {name: cls for name, cls in named.items() if isinstance(cls, type)}
 
 
 @functools.cache
@@ -114,9 +120,5 @@ def is_transformers_detector(module: nn.Module) -> bool:
 
 def is_weighted_function(function: Any) -> bool:
     """Tell whether a loss function uses weights: a `WeightedLossFunction`, or one that names a `WeightedCriterion`."""
-    if isinstance(function, WeightedLossFunction):
-        return True
-    if not isinstance(function, FunctionType):
-        return False
-    named = (function.__globals__.get(name) for name in function.__code__.co_names)
-    return any(isinstance(cls, type) and issubclass(cls, WeightedCriterion) for cls in named)
+    criteria = _named_classes(function).values()
+    return isinstance(function, WeightedLossFunction) or any(issubclass(cls, WeightedCriterion) for cls in criteria)

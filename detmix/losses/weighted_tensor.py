@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._C import DisableTorchFunctionSubclass  # the switch that torchvision's tv_tensors use for the same purpose
 from torch.overrides import resolve_name
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from detmix.losses.rows import Rows, fits, pad
 
@@ -61,8 +61,11 @@ class WeightedTensor(Tensor):
     rows: Rows
 
     def __init_subclass__(cls) -> None:
-        """Leave operations on the class out of the graphs of torch.compile, which cannot hold weights."""
+        """Leave the class out of the graphs of torch.compile, which cannot hold weights."""
         torch._dynamo.config.nontraceable_tensor_subclasses.add(cls)
+        method: Any = cls.__torch_function__
+        method.__func__._torchdynamo_disable = True  # as torch.compiler.disable says it, which costs time in each call
+        torch._dynamo.eval_frame.skip_code(method.__func__.__code__)
 
     @property
     def weights(self) -> Tensor:
@@ -87,14 +90,7 @@ class WeightedTensor(Tensor):
 _OTHER = frozenset(OTHER_NAMES)
 
 
-def _run_outside_of_graphs(method: Any) -> None:
-    """Tell torch.compile not to trace a function. `torch.compiler.disable` says so too, at a cost for each call."""
-    method._torchdynamo_disable = True
-    torch._dynamo.eval_frame.skip_code(method.__code__)
-
-
 WeightedTensor.__init_subclass__()
-_run_outside_of_graphs(WeightedTensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
 class LatentTensor(WeightedTensor):
@@ -190,6 +186,11 @@ def carry(x: Tensor, weights: Rows | Tensor) -> WeightedTensor:
         x = x.as_subclass(WeightedTensor)
     x.rows = weights if isinstance(weights, Rows) else Rows.of(weights)  # type: ignore[attr-defined]
     return x  # type: ignore[return-value]
+
+
+def stripped(values: Any) -> Any:
+    """Return a tensor, or tensors in lists, tuples and dicts, without weights."""
+    return tree_map_only(WeightedTensor, lambda x: x.as_subclass(Tensor), values)
 
 
 _OPERATORS = frozenset(dir(operator)) | {"div"}

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from detmix.losses import weight_losses
-from tests.losses.tiny import EVERY, assert_same_bits, gradients, losses_of, split, tiny, weighted_copy
-
-WEIGHTS = split([0.3, 0.0, 1.7, 0.9, 0.4])
+from tests.losses.tiny import EVERY, WEIGHTS, assert_same_bits, gradients, losses_of, tiny, weighted_copy
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in EVERY if name not in ("ssdlite", "fasterrcnn")]
 

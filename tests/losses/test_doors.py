@@ -210,6 +210,10 @@ def test_a_compiled_loss_runs_outside_of_the_graph():
     compiled = torch.compile(focal, backend="eager")
     torch.testing.assert_close(compiled(weighted(rand(3, 4), W), TARGETS), rows(focal))
     torch.testing.assert_close(compiled(rand(3, 4), TARGETS), focal(rand(3, 4), TARGETS))
+    labels = torch.tensor([0, 3, 1])
+    entropy = torch.compile(weighted_labels, backend="eager")
+    expected = weighted_labels(rand(3, 4), weighted(labels, W[:, 0]))
+    torch.testing.assert_close(entropy(rand(3, 4), weighted(labels, W[:, 0])), expected)
     torch._dynamo.reset()
     whole = torch.compile(focal, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match="WeightedTensor"):

@@ -417,42 +417,24 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-def run_chains(seeds):
+@pytest.mark.parametrize(
+    "seeds", [range(1000), pytest.param(range(1000, 21000), marks=pytest.mark.slow)], ids=["quick", "many"]
+)
+def test_chains_weigh_every_entry_by_its_own_weight(seeds):
     ends = Counter(map(run_chain, seeds))
     assert ends["number"] > 0.9 * len(seeds), ends
-    return ends
-
-
-def test_chains_weigh_every_entry_by_its_own_weight():
-    run_chains(range(1000))
-
-
-@pytest.mark.slow
-def test_many_chains_weigh_every_entry_by_its_own_weight():
-    run_chains(range(1000, 21000))
 
 
 # What has no entries to follow, or is what tests/losses/test_latent.py and test_weighted_tensor.py are about.
-NOT_IN_CHAINS = (
-    "backward detach drop argsort argmax argmin any all one_hot interpolate grid_sample isin roi_align equal item"
-)
-NOT_IN_CHAINS += (
-    " eq ne lt le gt ge not_equal less less_equal greater greater_equal isclose __eq__ __ne__ __lt__ __le__ __gt__"
-)
-NOT_IN_CHAINS += (
-    " __ge__ __and__ __or__ __xor__ __rand__ __ror__ __rxor__ __invert__ bitwise_and bitwise_or bitwise_xor"
-)
-NOT_IN_CHAINS += (
-    " bitwise_not logical_and logical_or logical_xor logical_not new_zeros new_ones new_full new_empty new_tensor"
-)
-NOT_IN_CHAINS += (
-    " isnan isinf isfinite size dim numel __len__ is_floating_point count_nonzero bincount tolist __get__ __set__"
-)
-NOT_IN_CHAINS += (
-    " zeros_like ones_like full_like empty_like float half bfloat16 long int bool cpu cuda to type_as expand_as"
-)
-NOT_IN_CHAINS += " __setitem__ __deepcopy__ argwhere diag t moveaxis swapdims reshape_as concatenate __neg__ __abs__"
-NOT_IN_CHAINS += " __rfloordiv__ __rmod__ view"
+NOT_IN_CHAINS = """
+backward detach drop argsort argmax argmin any all one_hot interpolate grid_sample isin roi_align equal item eq ne
+lt le gt ge not_equal less less_equal greater greater_equal isclose __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+__and__ __or__ __xor__ __rand__ __ror__ __rxor__ __invert__ bitwise_and bitwise_or bitwise_xor bitwise_not
+logical_and logical_or logical_xor logical_not new_zeros new_ones new_full new_empty new_tensor isnan isinf isfinite
+size dim numel __len__ is_floating_point count_nonzero bincount tolist __get__ __set__ zeros_like ones_like
+full_like empty_like float half bfloat16 long int bool cpu cuda to type_as expand_as __setitem__ __deepcopy__
+argwhere diag t moveaxis swapdims reshape_as concatenate __neg__ __abs__ __rfloordiv__ __rmod__ view
+"""
 
 
 def test_chains_have_every_function_that_has_a_rule(monkeypatch):

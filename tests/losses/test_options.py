@@ -14,6 +14,8 @@ from detmix.losses.transformers import WeightedLossFunction
 from tests.losses.tiny import (
     DETECTORS,
     EVERY,
+    ONES,
+    WEIGHTS,
     assert_same_bits,
     batch,
     capture,
@@ -25,7 +27,6 @@ from tests.losses.tiny import (
     weighted_copy,
 )
 
-ONES, WEIGHTS = split(torch.ones(5)), split([0.3, 0.0, 1.7, 0.9, 0.4])
 OPTIONS = [{"normalizer": "weights"}, {"per_image": True}]
 
 

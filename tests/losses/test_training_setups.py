@@ -11,6 +11,8 @@ from detmix.losses import WeightedTensor
 from tests.losses.tiny import (
     DETECTORS,
     EVERY,
+    ONES,
+    WEIGHTS,
     assert_same_bits,
     batch,
     gradients,
@@ -20,8 +22,6 @@ from tests.losses.tiny import (
     tiny,
     weighted_copy,
 )
-
-ONES, WEIGHTS = split(torch.ones(5)), split([0.3, 0.0, 1.7, 0.9, 0.4])
 
 
 @pytest.fixture(params=EVERY)

@@ -15,6 +15,8 @@ from detmix.losses.watch import HeadWatch
 from tests.losses.tiny import (
     CLASSES,
     EVERY,
+    ONES,
+    WEIGHTS,
     assert_same_bits,
     batch,
     gradients,
@@ -26,7 +28,6 @@ from tests.losses.tiny import (
 )
 from tests.losses.tiny_transformers import build, forward
 
-WEIGHTS, ONES = split([0.3, 0.0, 1.7, 0.9, 0.4]), split(torch.ones(5))
 HEADS = {"retinanet": "head", "fcos": "head", "fasterrcnn": "roi_heads", "maskrcnn": "rpn"}
 
 

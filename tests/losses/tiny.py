@@ -152,6 +152,9 @@ def split(weights, counts=COUNTS):
     return list(torch.as_tensor(weights, dtype=torch.float32).split(counts))
 
 
+ONES, WEIGHTS = split(torch.ones(5)), split([0.3, 0.0, 1.7, 0.9, 0.4])
+
+
 def losses_of(model, weights=None, **options):
     return losses_on(model, *batch(weights, **options))
 
