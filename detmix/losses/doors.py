@@ -6,7 +6,8 @@ a plain one, and its weights are lost. So each of them gets a check in front. A 
 before.
 
 A scripted function runs as the Python that it was made from. A function that ``torch.compile`` compiled runs outside of
-the graph. The others raise. What remains are extensions in C++ that are called directly: no check of Python sees them.
+the graph. The others raise. What remains are extensions in C++ that are called directly, and ``x.data = predictions``:
+no check of Python sees them.
 """
 
 import functools
